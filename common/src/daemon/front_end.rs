@@ -1,0 +1,366 @@
+//! One front end, from its connection to the drain after its hang-up.
+//!
+//! [`Session`] says what each message means; here it is done: memory mapped, rings started and
+//! stopped, answers sent. A message in the wrong is refused where the front end asked for an
+//! acknowledgement, and ends the session where it did not.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::signal::unix::Signal;
+use tokio::sync::mpsc;
+use tokio::time::timeout;
+use tracing::{debug, info, warn};
+
+use super::log::RateLimit;
+use crate::device::Device;
+use crate::memory::{MapError, MemoryMap, Region};
+use crate::metrics::Metrics;
+use crate::protocol::{
+    Answer, BackendChannel, Connection, Message, ReceiveError, Request, table,
+};
+use crate::session::{Action, Fault, MemorySlot, Offer, Ring, Session};
+use crate::virtqueue::{Kick, Notifier, RingError, RingSetup, Virtqueue};
+use crate::worker::{RingStart, WorkerEvent, Workers};
+
+/// How long a front end may leave a reply unread.
+const REPLY_MAX: Duration = Duration::from_secs(10);
+/// Lines that a guest or the host's faults may write to the log in [`LOG_INTERVAL`].
+const LOG_LINES: u32 = 5;
+/// The interval of [`LOG_LINES`].
+const LOG_INTERVAL: Duration = Duration::from_secs(5);
+
+/// Why a session ended.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum End {
+    /// The front end closed its connection, as it should.
+    #[error("the front end hung up")]
+    HangUp,
+    /// What it sent could not be received.
+    #[error("the front end sent what it may not")]
+    Receive(#[source] ReceiveError),
+    /// It may not ask for that, and did not want to hear so.
+    #[error("the front end asked for what it may not")]
+    Refused(#[source] Refused),
+    /// It does not read.
+    #[error("the front end left a reply unread for {} s", REPLY_MAX.as_secs())]
+    Unread,
+    /// The socket failed.
+    #[error("cannot answer the front end")]
+    Send(#[source] std::io::Error),
+    /// Memory that it had shared is gone.
+    #[error("the front end truncated the guest's memory while it was shared")]
+    MemoryLost,
+    /// A worker cannot go on.
+    #[error("the I/O engine failed")]
+    Engine(#[source] std::io::Error),
+}
+
+/// Why a message was refused.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Refused {
+    #[error(transparent)]
+    Session(#[from] Fault),
+    #[error("the guest's memory cannot be mapped")]
+    Memory(#[from] MapError),
+    #[error("ring {index} cannot be started")]
+    Ring { index: u16, source: RingError },
+    #[error("nothing may be written at {offset} of the configuration space")]
+    Config { offset: u32 },
+    #[error("the back-end channel cannot be used")]
+    Channel(#[source] std::io::Error),
+}
+
+/// What goes back to the front end.
+enum Answered {
+    /// Success, to who wants to know.
+    Ack,
+    /// A value.
+    Body(Vec<u8>),
+}
+
+/// A front end being served.
+pub(super) struct FrontEnd<'a, D: Device> {
+    connection: Connection,
+    session: Session,
+    device: &'a D,
+    workers: &'a mut Workers<D>,
+    metrics: &'a Metrics,
+    memory: Arc<MemoryMap>,
+    channel: Option<BackendChannel>,
+    gate: RateLimit,
+}
+
+impl<'a, D: Device> FrontEnd<'a, D> {
+    pub(super) fn new(
+        stream: std::os::unix::net::UnixStream,
+        device: &'a D,
+        workers: &'a mut Workers<D>,
+        metrics: &'a Metrics,
+    ) -> std::io::Result<Self> {
+        let session = Session::new(Offer {
+            features: device.features(),
+            queue_count: device.queue_count(),
+            max_queue_size: device.max_queue_size(),
+        });
+        Ok(Self {
+            connection: Connection::new(stream)?,
+            session,
+            device,
+            workers,
+            metrics,
+            memory: Arc::new(MemoryMap::empty()),
+            channel: None,
+            gate: RateLimit::new(LOG_LINES, LOG_INTERVAL),
+        })
+    }
+
+    /// Serves until the session ends. The rings may still run then: [`drain`](Self::drain).
+    pub(super) async fn serve(
+        &mut self,
+        events: &mut mpsc::Receiver<WorkerEvent>,
+        refresh: &mut Signal,
+    ) -> End {
+        loop {
+            let served = tokio::select! {
+                biased;
+                Some(event) = events.recv() => self.hear(event),
+                Some(()) = refresh.recv() => {
+                    self.refresh();
+                    Ok(())
+                }
+                message = self.connection.receive() => self.receive(message).await,
+            };
+            if let Err(end) = served {
+                return end;
+            }
+        }
+    }
+
+    /// Stops all rings: returns when nothing is in flight.
+    pub(super) async fn drain(self) {
+        self.workers.stop_rings().await;
+    }
+
+    /// Has the device look at what it is made of, and the front end at its configuration space if
+    /// that has changed.
+    fn refresh(&mut self) {
+        if !self.device.refresh() {
+            return;
+        }
+        let told = match &mut self.channel {
+            Some(channel) if self.session.reads_config() => channel.config_changed(),
+            _ => return info!("the front end has no way to hear of the change"),
+        };
+        if let Err(error) = told {
+            warn!(%error, "the front end could not be told of the change");
+        }
+    }
+
+    fn hear(&mut self, event: WorkerEvent) -> Result<(), End> {
+        match event {
+            WorkerEvent::MemoryLost => return Err(End::MemoryLost),
+            WorkerEvent::EngineFailed(error) => return Err(End::Engine(error)),
+            WorkerEvent::RingBroken { index, fault } => self.gate.log(Instant::now(), || {
+                warn!(ring = index, "ring is broken: {}", super::serve::chain(&fault));
+            }),
+            WorkerEvent::KickLost { index } => self.gate.log(Instant::now(), || {
+                warn!(ring = index, "the kick descriptor cannot be watched, or was closed");
+            }),
+            WorkerEvent::HostFault { index, fault } => self.gate.log(Instant::now(), || {
+                let (offset, error) = (fault.offset, fault.errno);
+                warn!(ring = index, offset, %error, "{} failed", fault.what);
+            }),
+        }
+        Ok(())
+    }
+
+    async fn receive(
+        &mut self,
+        message: Result<Option<Message>, ReceiveError>,
+    ) -> Result<(), End> {
+        let message = match message {
+            Ok(Some(message)) => message,
+            Ok(None) => return Err(End::HangUp),
+            Err(ReceiveError::Refused { request_id, need_reply: true, reason })
+                if self.session.acknowledges() =>
+            {
+                self.count_refusal(&reason);
+                return send(self.connection.acknowledge(request_id, false)).await;
+            }
+            Err(error) => {
+                self.metrics.daemon.protocol_errors.add(1);
+                return Err(End::Receive(error));
+            }
+        };
+        debug!(request = %message.request, payload = ?message.payload, "received");
+        let (request, need_reply) = (message.request, message.need_reply);
+        match self.act(message).await {
+            Ok(Answered::Body(body)) => send(self.connection.reply(request, &body)).await,
+            Ok(Answered::Ack) if need_reply && self.session.acknowledges() => {
+                send(self.connection.acknowledge(request, true)).await
+            }
+            Ok(Answered::Ack) => Ok(()),
+            Err(refused) => self.refuse(request, need_reply, refused).await,
+        }
+    }
+
+    async fn refuse(
+        &mut self,
+        request: Request,
+        need_reply: bool,
+        refused: Refused,
+    ) -> Result<(), End> {
+        // vhost-user, "VHOST_USER_GET_CONFIG": a payload of no length says that it failed.
+        if request == Request::GetConfig {
+            self.count_refusal(&refused);
+            return send(self.connection.reply(request, &[])).await;
+        }
+        let can_say = table::row(request).answer == Answer::Ack;
+        if can_say && need_reply && self.session.acknowledges() {
+            self.count_refusal(&refused);
+            return send(self.connection.acknowledge(request, false)).await;
+        }
+        self.metrics.daemon.protocol_errors.add(1);
+        Err(End::Refused(refused))
+    }
+
+    fn count_refusal(&mut self, refused: &dyn std::error::Error) {
+        self.metrics.daemon.protocol_errors.add(1);
+        self.gate.log(Instant::now(), || warn!("refused: {}", super::serve::chain(refused)));
+    }
+
+    /// Does what a message asks for.
+    async fn act(&mut self, message: Message) -> Result<Answered, Refused> {
+        let request = message.request;
+        match self.session.handle(message)? {
+            Action::Done => {}
+            Action::Answer(value) => return Ok(Answered::Body(value.to_ne_bytes().to_vec())),
+            Action::Ring(index) => self.settle(index).await?,
+            Action::Rings => self.settle_all().await?,
+            Action::RingBase(index) => {
+                self.settle(index).await?;
+                let base = u32::from(self.session.ring_base(index));
+                let state = [u32::from(index).to_ne_bytes(), base.to_ne_bytes()];
+                return Ok(Answered::Body(state.concat()));
+            }
+            Action::Call(index) => {
+                if let (true, Some(ring)) = (self.is_running(index), self.session.ring(index)) {
+                    self.workers.set_call(index, Notifier::new(ring.call));
+                }
+            }
+            Action::Error(index) => {
+                if let (true, Some(ring)) = (self.is_running(index), self.session.ring(index)) {
+                    self.workers.set_error(index, Notifier::new(ring.error));
+                }
+            }
+            Action::Memory(slots) => self.replace_memory(slots).await?,
+            Action::ReadConfig { offset, len_bytes } => {
+                return Ok(Answered::Body(self.read_config(offset, len_bytes)));
+            }
+            Action::WriteConfig { offset, data } => {
+                if !self.device.write_config(offset, &data) {
+                    return Err(Refused::Config { offset });
+                }
+            }
+            Action::BackendChannel(socket) => {
+                self.channel = Some(BackendChannel::new(socket).map_err(Refused::Channel)?);
+            }
+        }
+        debug!(%request, "done");
+        Ok(Answered::Ack)
+    }
+
+    fn is_running(&self, index: u16) -> bool {
+        self.workers.is_running(index)
+    }
+
+    async fn settle_all(&mut self) -> Result<(), Refused> {
+        for index in 0..self.session.ring_count() {
+            self.settle(index).await?;
+        }
+        Ok(())
+    }
+
+    /// Brings a ring to where the session says that it should be.
+    async fn settle(&mut self, index: u16) -> Result<(), Refused> {
+        let wanted = self.session.ring(index).is_some() && !self.session.ring_is_outdated(index);
+        if self.is_running(index)
+            && !wanted
+            && let Some(base) = self.workers.stop_ring(index).await
+        {
+            self.session.ring_stopped(index, base);
+            debug!(ring = index, base, "stopped");
+        }
+        match self.session.ring(index) {
+            Some(ring) if !self.is_running(index) => self.start(index, ring),
+            _ => Ok(()),
+        }
+    }
+
+    fn start(&mut self, index: u16, ring: Ring) -> Result<(), Refused> {
+        let (size, base) = (ring.size, ring.base);
+        let features = self.session.features();
+        let setup = RingSetup {
+            addresses: ring.addresses,
+            size,
+            base,
+            features,
+            memory: Arc::clone(&self.memory),
+            call: Notifier::new(ring.call),
+            error: Notifier::new(ring.error),
+        };
+        match Virtqueue::new(setup) {
+            Ok(virtqueue) => {
+                let kick = Kick::new(ring.kick);
+                self.workers.start_ring(RingStart { index, ring: virtqueue, kick, features });
+                self.session.ring_started(index);
+                debug!(ring = index, size, base, "started");
+                Ok(())
+            }
+            // Some front ends describe rings before the memory that they lie in.
+            Err(error @ RingError::Unmapped { .. }) => {
+                info!(ring = index, "ring waits for memory: {}", super::serve::chain(&error));
+                Ok(())
+            }
+            Err(source) => Err(Refused::Ring { index, source }),
+        }
+    }
+
+    /// Maps a memory table, reusing what is mapped already, and gives it to the rings.
+    async fn replace_memory(&mut self, slots: Vec<MemorySlot>) -> Result<(), Refused> {
+        let regions = slots.iter().map(|slot| self.region(slot)).collect::<Result<_, _>>()?;
+        let memory = Arc::new(MemoryMap::new(regions)?);
+        self.workers.set_memory(&memory).await;
+        self.memory = memory;
+        self.session.commit_memory(slots);
+        self.settle_all().await
+    }
+
+    fn region(&self, slot: &MemorySlot) -> Result<Arc<Region>, MapError> {
+        let known = self.session.memory().iter();
+        let mut kept =
+            known.filter(|old| old.spec == slot.spec && Arc::ptr_eq(&old.file, &slot.file));
+        let mapped = || self.memory.regions().iter().find(|region| region.spec() == slot.spec);
+        match kept.next().and_then(|_| mapped()) {
+            Some(region) => Ok(Arc::clone(region)),
+            None => Region::map(slot.spec, std::os::fd::AsFd::as_fd(&*slot.file)).map(Arc::new),
+        }
+    }
+
+    /// The reply to `GET_CONFIG`: the request's offset, size and flags again, then the bytes.
+    fn read_config(&self, offset: u32, len_bytes: u32) -> Vec<u8> {
+        let mut body = [offset.to_ne_bytes(), len_bytes.to_ne_bytes(), [0; 4]].concat();
+        let head = body.len();
+        body.resize(head + len_bytes as usize, 0);
+        self.device.read_config(offset, &mut body[head..]);
+        body
+    }
+}
+
+async fn send(sent: impl Future<Output = std::io::Result<()>>) -> Result<(), End> {
+    match timeout(REPLY_MAX, sent).await {
+        Ok(sent) => sent.map_err(End::Send),
+        Err(_elapsed) => Err(End::Unread),
+    }
+}

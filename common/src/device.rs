@@ -1,0 +1,256 @@
+//! The contract that a device implements.
+//!
+//! A [`Device`] is shared and immutable; for each ring it opens a [`DeviceQueue`], which one worker
+//! owns. The runtime calls a queue when the driver has kicked it and when an operation has ended;
+//! the queue answers through [`QueueIo`]: it *pops* chains, *submits* operations, and *finishes*
+//! chains. It makes no system call, takes no lock and waits for nothing.
+//!
+//! A queue pops for itself, because only it knows when a buffer is of use: a disk takes what there
+//! is, a network receives nothing until a frame has come, a console keeps a buffer until somebody
+//! types. What it popped ends in exactly one way ([`Chain`]): finished, or retracted as if it had
+//! never been popped.
+//!
+//! This is a whole device, a disk-less one that answers each request with nothing:
+//!
+//! ```
+//! use common::device::{Account, Device, DeviceQueue, QueueIo};
+//! use common::engine::Completion;
+//! use std::os::fd::BorrowedFd;
+//!
+//! struct Null;
+//!
+//! impl Device for Null {
+//!     type Queue = NullQueue;
+//!     const NAME: &'static str = "null";
+//!     const KINDS: &'static [&'static str] = &["request"];
+//!
+//!     fn queue_count(&self) -> u16 { 1 }
+//!     fn max_queue_size(&self) -> u16 { 256 }
+//!     fn features(&self) -> u64 { 0 }
+//!     fn read_config(&self, _: u32, into: &mut [u8]) { into.fill(0) }
+//!     fn files(&self) -> Vec<BorrowedFd<'_>> { Vec::new() }
+//!     fn open_queue(&self, _: u16, _: u64, _: u16) -> NullQueue { NullQueue }
+//! }
+//!
+//! struct NullQueue;
+//!
+//! impl DeviceQueue for NullQueue {
+//!     fn process(&mut self, io: &mut QueueIo<'_>) {
+//!         while let Some(chain) = io.pop() {
+//!             io.finish(chain, 0, Account { kind: 0, bytes: 0, failed: false });
+//!         }
+//!     }
+//!
+//!     fn complete(&mut self, done: Completion, _: &mut QueueIo<'_>) {
+//!         unreachable!("no operation was submitted, yet {done:?} ended");
+//!     }
+//! }
+//! ```
+
+use std::os::fd::BorrowedFd;
+
+use rustix::io::Errno;
+
+use crate::engine::{Completion, Op, Token, Uring};
+use crate::metrics::QueueMetrics;
+use crate::virtqueue::{Buffers, Chain, RingError, Virtqueue};
+
+/// Chains that a ring may pop in one turn of its worker's loop, so that no ring starves another.
+pub const MAX_CHAINS_PER_TURN: u32 = 256;
+
+/// A virtio device: what it is, shared by all its queues and never changed while they run.
+pub trait Device: Send + Sync + 'static {
+    /// One ring's half of the device.
+    type Queue: DeviceQueue;
+    /// The device's name in metrics and in `--print-capabilities` (`block`, `net`, `console`).
+    const NAME: &'static str;
+    /// What its requests are counted as; [`Account::kind`] is an index into it.
+    const KINDS: &'static [&'static str];
+
+    /// Number of virtqueues.
+    fn queue_count(&self) -> u16;
+    /// The largest size that a driver may give a virtqueue.
+    fn max_queue_size(&self) -> u16;
+    /// The device's own feature bits; the runtime adds those of the rings.
+    fn features(&self) -> u64;
+    /// Reads the configuration space from `offset` on; beyond its end there are zeros.
+    fn read_config(&self, offset: u32, into: &mut [u8]);
+    /// A write to the configuration space; false when nothing may be written there.
+    fn write_config(&self, _offset: u32, _data: &[u8]) -> bool {
+        false
+    }
+    /// Looks again at what the device is made of (a grown disk): true when the configuration
+    /// space has changed and the driver is to be told.
+    fn refresh(&self) -> bool {
+        false
+    }
+    /// The files that operations name by their place here.
+    fn files(&self) -> Vec<BorrowedFd<'_>>;
+    /// Opens the queue at `index` with `queue_size` entries for a driver that acknowledged
+    /// `features`.
+    fn open_queue(&self, index: u16, features: u64, queue_size: u16) -> Self::Queue;
+}
+
+/// One ring's half of a device, owned by one worker.
+pub trait DeviceQueue: Send + 'static {
+    /// The driver may have made chains available: pops what is of use.
+    fn process(&mut self, io: &mut QueueIo<'_>);
+    /// An operation has ended.
+    fn complete(&mut self, done: Completion, io: &mut QueueIo<'_>);
+    /// The ring is to stop: finishes or retracts the chains that wait for no operation.
+    fn stop(&mut self, _io: &mut QueueIo<'_>) {}
+}
+
+/// How a finished chain is counted.
+#[derive(Clone, Copy, Debug)]
+pub struct Account {
+    /// Index into [`Device::KINDS`].
+    pub kind: usize,
+    /// Bytes of data moved.
+    pub bytes: u64,
+    /// Whether the driver was told of an error.
+    pub failed: bool,
+}
+
+/// A fault of the host that an operation met, for the log.
+#[derive(Clone, Copy, Debug)]
+pub struct HostFault {
+    /// What was being done, in the words of [`Device::KINDS`].
+    pub what: &'static str,
+    /// Byte offset at which.
+    pub offset: u64,
+    /// What the kernel said.
+    pub errno: Errno,
+}
+
+/// What a queue works with during one call: its ring, its engine, its counters.
+pub struct QueueIo<'a> {
+    pub(crate) ring: &'a mut Virtqueue,
+    pub(crate) engine: &'a mut Uring,
+    pub(crate) metrics: &'a QueueMetrics,
+    pub(crate) state: &'a mut Turn,
+    /// The queue's place on its worker, which the engine gives back with a completion.
+    pub(crate) queue: u16,
+}
+
+/// What a ring has going on, from turn to turn.
+#[derive(Default)]
+pub(crate) struct Turn {
+    /// The time of this turn: one clock reading serves all its requests.
+    pub(crate) now_ns: u64,
+    /// Chains that may still be popped in this turn.
+    pub(crate) budget: u32,
+    /// The budget ended before the chains did: come back without a kick.
+    pub(crate) more: bool,
+    /// Operations that have not ended.
+    pub(crate) operations: u32,
+    /// The ring takes no more chains: it is being stopped.
+    pub(crate) stopping: bool,
+    /// Why the ring broke in this turn.
+    pub(crate) fault: Option<RingError>,
+    /// A fault of the host in this turn; of several the last is told.
+    pub(crate) host_fault: Option<HostFault>,
+    /// The engine could not take an operation: the worker cannot go on.
+    pub(crate) engine_fault: Option<std::io::Error>,
+}
+
+impl QueueIo<'_> {
+    /// The next chain that the driver made available, or `None`: there is none, or it is another
+    /// ring's turn. In both cases the runtime calls [`DeviceQueue::process`] again in time.
+    pub fn pop(&mut self) -> Option<Chain> {
+        if self.state.stopping {
+            return None;
+        }
+        if self.state.budget == 0 {
+            self.state.more = true;
+            return None;
+        }
+        match self.next() {
+            Ok(Some(chain)) => {
+                self.state.budget -= 1;
+                Some(chain)
+            }
+            Ok(None) => None,
+            Err(fault) => {
+                self.break_off(fault);
+                None
+            }
+        }
+    }
+
+    /// Pops; when the ring is dry, asks for a kick and looks once more.
+    fn next(&mut self) -> Result<Option<Chain>, RingError> {
+        loop {
+            if let Some(chain) = self.ring.pop(self.state.now_ns)? {
+                return Ok(Some(chain));
+            }
+            if !self.ring.request_kick()? {
+                return Ok(None);
+            }
+            self.ring.suppress_kicks();
+        }
+    }
+
+    /// The driver broke the ring's rules: it gives no more chains.
+    fn break_off(&mut self, fault: RingError) {
+        self.ring.break_off();
+        self.metrics.broken.add(1);
+        self.state.fault = Some(fault);
+    }
+
+    /// The bytes that the driver sent with the chain.
+    pub fn readable(&self, chain: &Chain) -> Buffers<'_> {
+        self.ring.readable(chain)
+    }
+
+    /// The room that the chain has for an answer.
+    pub fn writable(&self, chain: &Chain) -> Buffers<'_> {
+        self.ring.writable(chain)
+    }
+
+    /// Starts an operation on behalf of `chain`; its completion carries the chain's slot and
+    /// `step`. The closure picks the operation's buffers from the chain's readable and writable
+    /// ones.
+    pub fn submit<'s>(
+        &'s mut self,
+        chain: &Chain,
+        step: u16,
+        op: impl FnOnce(Buffers<'s>, Buffers<'s>) -> Op<'s>,
+    ) {
+        let slot = chain.slot();
+        self.ring.operation(slot, true);
+        self.state.operations += 1;
+        let op = op(self.ring.readable(chain), self.ring.writable(chain));
+        if let Err(fault) = self.engine.submit(self.queue, Token { slot, step }, op) {
+            self.state.engine_fault = Some(fault);
+        }
+    }
+
+    /// Ends a chain: the driver gets it back with `written_bytes` of its writable part filled.
+    pub fn finish(&mut self, chain: Chain, written_bytes: u32, account: Account) {
+        let popped_ns = self.ring.used(chain, written_bytes);
+        let kind = &self.metrics.kinds[account.kind];
+        kind.requests.add(1);
+        kind.bytes.add(account.bytes);
+        kind.errors.add(u64::from(account.failed));
+        kind.latency.record(self.state.now_ns.saturating_sub(popped_ns));
+    }
+
+    /// Ends a chain that has no room for an answer: the driver broke the device's rules, and the
+    /// ring is broken.
+    pub fn reject(&mut self, chain: Chain, why: &'static str) {
+        let fault = RingError::Request { head: chain.slot(), why };
+        self.ring.used(chain, 0);
+        self.break_off(fault);
+    }
+
+    /// Ends a chain as if it had never been popped; of several, the newest first.
+    pub fn retract(&mut self, chain: Chain) {
+        self.ring.retract(chain);
+    }
+
+    /// Tells the log of a fault of the host. The data path itself never logs.
+    pub fn report(&mut self, fault: HostFault) {
+        self.state.host_fault = Some(fault);
+    }
+}

@@ -1,0 +1,338 @@
+//! The io_uring engine: one ring a worker, one system call a turn.
+//!
+//! Contract: buffers of a submitted operation must stay valid until its completion has been
+//! returned; [`crate::virtqueue`]'s slots keep guest memory mapped for exactly that long. The lists
+//! of buffers themselves are copied into an arena that lives until the kernel has consumed the
+//! submission.
+
+#![allow(unsafe_code, reason = "submission entries carry addresses that the kernel will use")]
+
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::time::Duration;
+
+use io_uring::{IoUring, cqueue, opcode, squeue, types};
+use rustix::io::Errno;
+
+use super::op::{FileIndex, Op, Subject, Token, Zeroing};
+use crate::memory::HostBuffer;
+use crate::virtqueue::{Buffers, MAX_CHAIN_DESCRIPTORS};
+
+/// Submissions of one turn; a turn with more makes one more system call.
+const SUBMISSIONS: u32 = 256;
+/// Completions that the kernel keeps room for; beyond it, it allocates (`IORING_FEAT_NODROP`).
+const COMPLETIONS: u32 = 2048;
+/// Buffers of one turn's vectored operations: room for several chains of the longest kind.
+const ARENA_BUFFERS: usize = 4 * MAX_CHAIN_DESCRIPTORS as usize;
+
+/// `io_uring_enter(2)`: look for completions.
+const IORING_ENTER_GETEVENTS: u32 = 1;
+
+/// Why there is no engine.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    /// The kernel gave no ring.
+    #[error(
+        "io_uring is not available (disabled by kernel.io_uring_disabled or a seccomp filter, or \
+         the kernel is older than 5.11)"
+    )]
+    Setup(#[source] io::Error),
+}
+
+/// How long a turn may sleep.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wait {
+    /// Not at all.
+    No,
+    /// Until something completes.
+    Forever,
+    /// Until something completes, but no longer than this.
+    AtMost(Duration),
+}
+
+/// What a completion in the ring says.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Event {
+    /// Whom it is for.
+    pub(crate) subject: Subject,
+    /// Result, or a negated error number.
+    result: i32,
+    /// Further events of the same watch will come.
+    pub(crate) more: bool,
+}
+
+impl Event {
+    /// The result as bytes moved or error.
+    pub(crate) fn outcome(&self) -> Result<u32, Errno> {
+        match u32::try_from(self.result) {
+            Ok(bytes) => Ok(bytes),
+            Err(_negative) => Err(Errno::from_raw_os_error(self.result.saturating_neg())),
+        }
+    }
+}
+
+/// An io_uring and the files that operations name.
+pub struct Uring {
+    ring: IoUring,
+    files: Vec<RawFd>,
+    /// Whether the kernel holds `files` itself, so that an operation needs no look-up.
+    registered: bool,
+    /// Buffer lists of operations that the kernel has not consumed yet. Never grows past its
+    /// capacity: the kernel has its address.
+    arena: Vec<HostBuffer>,
+}
+
+impl Uring {
+    /// Sets a ring up for the calling thread, the only one that may use it.
+    ///
+    /// # Errors
+    /// io_uring is disabled or missing.
+    pub fn new(files: Vec<RawFd>) -> Result<Self, EngineError> {
+        let ring = set_up().map_err(EngineError::Setup)?;
+        // A file that cannot be registered is looked up at each operation instead.
+        let registered = !files.is_empty() && ring.submitter().register_files(&files).is_ok();
+        Ok(Self { ring, files, registered, arena: Vec::with_capacity(ARENA_BUFFERS) })
+    }
+
+    /// Queues an operation; the kernel sees it with the next [`turn`](Self::turn).
+    ///
+    /// # Errors
+    /// The kernel refused to take the submissions that were in the way.
+    pub(crate) fn submit(&mut self, queue: u16, token: Token, op: Op<'_>) -> io::Result<()> {
+        let entry = match op {
+            Op::Read { file, offset, into } => {
+                let (address, count) = self.list(into)?;
+                match (into.iter().next(), count) {
+                    (Some(only), 1) => self.entry(file, |fd| {
+                        let len = u32::try_from(only.len()).unwrap_or(u32::MAX);
+                        read(fd, only.address() as *mut u8, len, offset)
+                    }),
+                    _ => self.entry(file, |fd| readv(fd, address, count, offset)),
+                }
+            }
+            Op::Write { file, offset, from, durable } => {
+                let flags = if durable { libc::RWF_DSYNC } else { 0 };
+                let (address, count) = self.list(from)?;
+                self.entry(file, |fd| writev(fd, address, count, (offset, flags)))
+            }
+            Op::Sync { file } => self.entry(file, fdatasync),
+            Op::Zero { file, offset, len_bytes, zeroing } => {
+                let mode = match zeroing {
+                    Zeroing::Deallocate => libc::FALLOC_FL_PUNCH_HOLE,
+                    Zeroing::Keep => libc::FALLOC_FL_ZERO_RANGE,
+                    Zeroing::Write => {
+                        let (address, count) = self.zeros(len_bytes)?;
+                        let entry = self.entry(file, |fd| writev(fd, address, count, (offset, 0)));
+                        return self.push(Subject::Operation { queue, token }, entry);
+                    }
+                } | libc::FALLOC_FL_KEEP_SIZE;
+                self.entry(file, |fd| fallocate(fd, offset, len_bytes, mode))
+            }
+        };
+        self.push(Subject::Operation { queue, token }, entry)
+    }
+
+    /// Watches a descriptor for being readable: an [`Event`] each time it becomes so, until one
+    /// without `more`.
+    ///
+    /// # Errors
+    /// As for [`submit`](Self::submit).
+    pub(crate) fn watch(&mut self, subject: Subject, fd: &OwnedFd) -> io::Result<()> {
+        let poll = opcode::PollAdd::new(types::Fd(fd.as_raw_fd()), libc::POLLIN as u32)
+            .multi(true)
+            .build();
+        self.push(subject, poll)
+    }
+
+    /// Ends a watch: its last event comes without `more`.
+    ///
+    /// # Errors
+    /// As for [`submit`](Self::submit).
+    pub(crate) fn unwatch(&mut self, subject: Subject) -> io::Result<()> {
+        self.push(Subject::CalledOff, opcode::PollRemove::new(subject.encode()).build())
+    }
+
+    /// Hands everything queued to the kernel, waits, and appends what has completed to `events`.
+    ///
+    /// # Errors
+    /// The kernel refused the submissions.
+    pub(crate) fn turn(&mut self, wait: Wait, events: &mut Vec<Event>) -> io::Result<()> {
+        let want = usize::from(wait != Wait::No && self.ring.completion().is_empty());
+        let entered = match wait {
+            Wait::AtMost(limit) => {
+                let limit = types::Timespec::from(limit);
+                let arguments = types::SubmitArgs::new().timespec(&limit);
+                self.ring.submitter().submit_with_args(want, &arguments)
+            }
+            Wait::No | Wait::Forever => self.enter(want),
+        };
+        match entered {
+            Ok(_) => {}
+            // Interrupted, timed out, or completions to be taken first: look at what there is.
+            Err(error)
+                if matches!(
+                    error.raw_os_error(),
+                    Some(libc::EINTR | libc::ETIME | libc::EBUSY | libc::EAGAIN)
+                ) => {}
+            Err(error) => return Err(error),
+        }
+        if self.ring.submission().is_empty() {
+            self.arena.clear();
+        }
+        events.extend(self.ring.completion().map(|entry| Event {
+            subject: Subject::decode(entry.user_data()),
+            result: entry.result(),
+            more: cqueue::more(entry.flags()),
+        }));
+        Ok(())
+    }
+
+    /// `submit_and_wait` that also asks for completions when it need not wait: with deferred task
+    /// running the kernel posts none otherwise, and a busy ring would never see its own.
+    fn enter(&mut self, want: usize) -> io::Result<usize> {
+        let queued = self.ring.submission().len() as u32;
+        // SAFETY: no argument follows the flags, as `None` and the flags say alike.
+        unsafe {
+            self.ring.submitter().enter::<libc::sigset_t>(
+                queued,
+                want as u32,
+                IORING_ENTER_GETEVENTS,
+                None,
+            )
+        }
+    }
+
+    /// Copies a buffer list to where the kernel may read it; its address and length.
+    fn list(&mut self, buffers: Buffers<'_>) -> io::Result<(usize, u32)> {
+        let count = buffers.iter().count();
+        self.reserve(count)?;
+        let start = self.arena.len();
+        self.arena.extend(buffers.iter());
+        Ok((self.arena.as_ptr().wrapping_add(start) as usize, count as u32))
+    }
+
+    /// A list of `len_bytes` zeros, or as many as go into one operation.
+    fn zeros(&mut self, len_bytes: u64) -> io::Result<(usize, u32)> {
+        let zeros = HostBuffer::of_zeros();
+        self.reserve(usize::from(MAX_CHAIN_DESCRIPTORS))?;
+        let start = self.arena.len();
+        let mut left = usize::try_from(len_bytes).unwrap_or(usize::MAX);
+        while left > 0 && self.arena.len() - start < usize::from(MAX_CHAIN_DESCRIPTORS) {
+            let piece = zeros.slice(0, left);
+            left -= piece.len();
+            self.arena.push(piece);
+        }
+        let count = (self.arena.len() - start) as u32;
+        Ok((self.arena.as_ptr().wrapping_add(start) as usize, count))
+    }
+
+    /// Makes room for `count` buffers in the arena, which must not move.
+    fn reserve(&mut self, count: usize) -> io::Result<()> {
+        if self.arena.len() + count > self.arena.capacity() {
+            self.flush()?;
+        }
+        assert!(count <= self.arena.capacity(), "a chain has at most {MAX_CHAIN_DESCRIPTORS}");
+        Ok(())
+    }
+
+    fn entry(&self, file: FileIndex, build: impl FnOnce(Target) -> squeue::Entry) -> squeue::Entry {
+        if self.registered {
+            build(Target::Fixed(types::Fixed(file.0)))
+        } else {
+            build(Target::Fd(types::Fd(self.files[file.0 as usize])))
+        }
+    }
+
+    fn push(&mut self, subject: Subject, entry: squeue::Entry) -> io::Result<()> {
+        let entry = entry.user_data(subject.encode());
+        if self.ring.submission().is_full() {
+            self.flush()?;
+        }
+        // SAFETY: the entry's buffers are guest memory that a slot keeps mapped until the
+        // completion, and a list in `arena`, which is cleared only once submissions are consumed.
+        let pushed = unsafe { self.ring.submission().push(&entry) };
+        pushed.map_err(io::Error::other)
+    }
+
+    /// Makes room: the kernel consumes all submissions, and with them the arena's lists.
+    fn flush(&mut self) -> io::Result<()> {
+        while !self.ring.submission().is_empty() {
+            match self.ring.submit() {
+                Ok(_) => {}
+                Err(error) if error.raw_os_error() == Some(libc::EINTR) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        self.arena.clear();
+        Ok(())
+    }
+}
+
+/// Sets up a ring with what this kernel offers: first with completions delivered only when the
+/// thread asks (6.1), then with fewer interruptions (5.19), then plain.
+fn set_up() -> io::Result<IoUring> {
+    let mut builder = IoUring::builder();
+    builder.setup_cqsize(COMPLETIONS);
+    let attempts = [
+        builder.clone().setup_single_issuer().setup_defer_taskrun().clone(),
+        builder.clone().setup_coop_taskrun().clone(),
+        builder,
+    ];
+    let mut last = io::Error::from(io::ErrorKind::Unsupported);
+    for attempt in attempts {
+        match attempt.build(SUBMISSIONS) {
+            Ok(ring) => return Ok(ring),
+            Err(error) => last = error,
+        }
+    }
+    Err(last)
+}
+
+/// A file as the kernel knows it: registered, or by descriptor.
+#[derive(Clone, Copy)]
+enum Target {
+    Fixed(types::Fixed),
+    Fd(types::Fd),
+}
+
+fn read(target: Target, into: *mut u8, len: u32, offset: u64) -> squeue::Entry {
+    match target {
+        Target::Fixed(file) => opcode::Read::new(file, into, len).offset(offset).build(),
+        Target::Fd(file) => opcode::Read::new(file, into, len).offset(offset).build(),
+    }
+}
+
+fn readv(target: Target, list: usize, count: u32, offset: u64) -> squeue::Entry {
+    let list = list as *const libc::iovec;
+    match target {
+        Target::Fixed(file) => opcode::Readv::new(file, list, count).offset(offset).build(),
+        Target::Fd(file) => opcode::Readv::new(file, list, count).offset(offset).build(),
+    }
+}
+
+fn writev(target: Target, list: usize, count: u32, place: (u64, i32)) -> squeue::Entry {
+    let (list, (offset, flags)) = (list as *const libc::iovec, place);
+    match target {
+        Target::Fixed(file) => {
+            opcode::Writev::new(file, list, count).offset(offset).rw_flags(flags).build()
+        }
+        Target::Fd(file) => {
+            opcode::Writev::new(file, list, count).offset(offset).rw_flags(flags).build()
+        }
+    }
+}
+
+fn fdatasync(target: Target) -> squeue::Entry {
+    let data = types::FsyncFlags::DATASYNC;
+    match target {
+        Target::Fixed(file) => opcode::Fsync::new(file).flags(data).build(),
+        Target::Fd(file) => opcode::Fsync::new(file).flags(data).build(),
+    }
+}
+
+fn fallocate(target: Target, offset: u64, len: u64, mode: i32) -> squeue::Entry {
+    match target {
+        Target::Fixed(file) => opcode::Fallocate::new(file, len).offset(offset).mode(mode).build(),
+        Target::Fd(file) => opcode::Fallocate::new(file, len).offset(offset).mode(mode).build(),
+    }
+}

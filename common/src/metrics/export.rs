@@ -1,0 +1,375 @@
+//! The table of all metrics, and the two forms in which they leave the daemon.
+//!
+//! Each counter is defined once: its OpenMetrics family, its JSON key, its help text and where it
+//! is read. [`Metrics::to_json`] answers the control socket's `stats`, [`Metrics::to_openmetrics`]
+//! its `GET /metrics` (OpenMetrics 1.0.0 text format).
+//!
+//! The text is written here and not by the `prometheus-client` crate: that wants to own its metrics
+//! or collectors (`'static`, so every scrape would first copy all counters), splits a unit off the
+//! family's name (leaving a family called just `outboard` for the bytes), and its part of the work
+//! would be the forty lines of [`Text`].
+
+use std::fmt::Write;
+
+use serde_json::{Map, Value, json};
+
+use super::{
+    Counter, DaemonMetrics, Histogram, HistogramSnapshot, KindMetrics, Metrics, QueueMetrics,
+};
+
+/// One counter of `T`.
+struct CounterDefinition<T> {
+    /// OpenMetrics name; samples carry the suffix `_total`.
+    family: &'static str,
+    json_key: &'static str,
+    unit: Option<&'static str>,
+    help: &'static str,
+    read: fn(&T) -> &Counter,
+}
+
+/// One latency histogram of `T`.
+struct HistogramDefinition<T> {
+    family: &'static str,
+    json_key: &'static str,
+    unit: &'static str,
+    help: &'static str,
+    read: fn(&T) -> &Histogram,
+}
+
+const KIND_COUNTERS: &[CounterDefinition<KindMetrics>] = &[
+    CounterDefinition {
+        family: "outboard_requests",
+        json_key: "requests",
+        unit: None,
+        help: "Requests completed, successful or not.",
+        read: |kind| &kind.requests,
+    },
+    CounterDefinition {
+        family: "outboard_bytes",
+        json_key: "bytes",
+        unit: Some("bytes"),
+        help: "Payload bytes of requests that succeeded.",
+        read: |kind| &kind.bytes,
+    },
+    CounterDefinition {
+        family: "outboard_errors",
+        json_key: "errors",
+        unit: None,
+        help: "Requests answered with an error.",
+        read: |kind| &kind.errors,
+    },
+];
+
+const KIND_LATENCY: HistogramDefinition<KindMetrics> = HistogramDefinition {
+    family: "outboard_request_duration_seconds",
+    json_key: "latency_ns",
+    unit: "seconds",
+    help: "Time from taking a request off its queue to publishing its completion.",
+    read: |kind| &kind.latency,
+};
+
+const QUEUE_COUNTERS: &[CounterDefinition<QueueMetrics>] = &[
+    CounterDefinition {
+        family: "outboard_kicks",
+        json_key: "kicks",
+        unit: None,
+        help: "Kicks received from the driver.",
+        read: |queue| &queue.kicks,
+    },
+    CounterDefinition {
+        family: "outboard_calls",
+        json_key: "calls",
+        unit: None,
+        help: "Calls signalled to the driver.",
+        read: |queue| &queue.calls,
+    },
+    CounterDefinition {
+        family: "outboard_dropped_calls",
+        json_key: "dropped_calls",
+        unit: None,
+        help: "Calls not signalled because the call fd was full or gone.",
+        read: |queue| &queue.dropped_calls,
+    },
+    CounterDefinition {
+        family: "outboard_broken_rings",
+        json_key: "broken",
+        unit: None,
+        help: "Times the ring was marked broken because of what the driver wrote into it.",
+        read: |queue| &queue.broken,
+    },
+    CounterDefinition {
+        family: "outboard_drops",
+        json_key: "drops",
+        unit: None,
+        help: "Work given up because there was no place for it.",
+        read: |queue| &queue.drops,
+    },
+];
+
+const DAEMON_COUNTERS: &[CounterDefinition<DaemonMetrics>] = &[
+    CounterDefinition {
+        family: "outboard_sessions",
+        json_key: "sessions",
+        unit: None,
+        help: "Front ends served.",
+        read: |daemon| &daemon.sessions,
+    },
+    CounterDefinition {
+        family: "outboard_refused_front_ends",
+        json_key: "refused_front_ends",
+        unit: None,
+        help: "Front ends turned away because another one was being served.",
+        read: |daemon| &daemon.refused_front_ends,
+    },
+    CounterDefinition {
+        family: "outboard_protocol_errors",
+        json_key: "protocol_errors",
+        unit: None,
+        help: "Requests of front ends answered with an error or with the end of the session.",
+        read: |daemon| &daemon.protocol_errors,
+    },
+    CounterDefinition {
+        family: "outboard_broken_sessions",
+        json_key: "broken_sessions",
+        unit: None,
+        help: "Sessions that ended for another reason than a hang-up or a termination signal.",
+        read: |daemon| &daemon.broken_sessions,
+    },
+];
+
+/// JSON keys of the quantiles, and the quantiles in thousandths.
+const QUANTILES: [(&str, u16); 5] =
+    [("p50", 500), ("p90", 900), ("p99", 990), ("p999", 999), ("max", 1000)];
+
+impl Metrics {
+    /// All counters as the value of the `stats` reply: `{device, daemon: {…}, queues: [{…, kinds:
+    /// {name: {…}}}]}`, counts since the process started, latencies in nanoseconds.
+    pub fn to_json(&self) -> Value {
+        let queues: Vec<Value> = self.queues.iter().map(|queue| self.queue_json(queue)).collect();
+        json!({
+            "device": self.device,
+            "daemon": counters_json(DAEMON_COUNTERS, &self.daemon),
+            "queues": queues,
+        })
+    }
+
+    fn queue_json(&self, queue: &QueueMetrics) -> Value {
+        let kinds = self.kind_names.iter().zip(&queue.kinds).map(|(name, kind)| {
+            let mut object = counters_json(KIND_COUNTERS, kind);
+            let latency = (KIND_LATENCY.read)(kind).snapshot();
+            object.insert(KIND_LATENCY.json_key.to_owned(), latency_json(&latency));
+            ((*name).to_owned(), Value::Object(object))
+        });
+        let kinds = Value::Object(kinds.collect());
+        let mut object = counters_json(QUEUE_COUNTERS, queue);
+        object.insert("kinds".to_owned(), kinds);
+        Value::Object(object)
+    }
+
+    /// All counters as OpenMetrics 1.0.0 text, `# EOF` included.
+    pub fn to_openmetrics(&self) -> String {
+        let mut text = Text(String::new());
+        let device = format!("device=\"{}\"", self.device);
+        for definition in DAEMON_COUNTERS {
+            text.counter_family(definition);
+            text.counter(definition, &device, &self.daemon);
+        }
+        let queues: Vec<(String, &QueueMetrics)> = self
+            .queues
+            .iter()
+            .enumerate()
+            .map(|(index, queue)| (format!("{device},queue=\"{index}\""), &**queue))
+            .collect();
+        for definition in QUEUE_COUNTERS {
+            text.counter_family(definition);
+            for (labels, queue) in &queues {
+                text.counter(definition, labels, queue);
+            }
+        }
+        let kinds: Vec<(String, &KindMetrics)> = queues
+            .iter()
+            .flat_map(|(labels, queue)| {
+                let named = self.kind_names.iter().zip(&queue.kinds);
+                named.map(move |(name, kind)| (format!("{labels},kind=\"{name}\""), kind))
+            })
+            .collect();
+        for definition in KIND_COUNTERS {
+            text.counter_family(definition);
+            for (labels, kind) in &kinds {
+                text.counter(definition, labels, kind);
+            }
+        }
+        text.family(KIND_LATENCY.family, "histogram", Some(KIND_LATENCY.unit), KIND_LATENCY.help);
+        for (labels, kind) in &kinds {
+            text.histogram(KIND_LATENCY.family, labels, &(KIND_LATENCY.read)(kind).snapshot());
+        }
+        text.line(format_args!("# EOF"));
+        text.0
+    }
+}
+
+fn counters_json<T>(definitions: &[CounterDefinition<T>], from: &T) -> Map<String, Value> {
+    let pair = |definition: &CounterDefinition<T>| {
+        (definition.json_key.to_owned(), Value::from((definition.read)(from).get()))
+    };
+    definitions.iter().map(pair).collect()
+}
+
+fn latency_json(latency: &HistogramSnapshot) -> Value {
+    let mut object = Map::new();
+    object.insert("count".to_owned(), Value::from(latency.count()));
+    object.insert("sum".to_owned(), Value::from(latency.sum_ns()));
+    for (key, per_mille) in QUANTILES {
+        object.insert(key.to_owned(), Value::from(latency.quantile_ns(per_mille)));
+    }
+    Value::Object(object)
+}
+
+/// OpenMetrics text in the making.
+struct Text(String);
+
+impl Text {
+    fn line(&mut self, line: std::fmt::Arguments<'_>) {
+        writeln!(self.0, "{line}").expect("writing to a string does not fail");
+    }
+
+    fn family(&mut self, family: &str, kind: &str, unit: Option<&str>, help: &str) {
+        self.line(format_args!("# TYPE {family} {kind}"));
+        if let Some(unit) = unit {
+            self.line(format_args!("# UNIT {family} {unit}"));
+        }
+        self.line(format_args!("# HELP {family} {help}"));
+    }
+
+    fn counter_family<T>(&mut self, definition: &CounterDefinition<T>) {
+        self.family(definition.family, "counter", definition.unit, definition.help);
+    }
+
+    fn counter<T>(&mut self, definition: &CounterDefinition<T>, labels: &str, from: &T) {
+        let count = (definition.read)(from).get();
+        self.line(format_args!("{}_total{{{labels}}} {count}", definition.family));
+    }
+
+    fn histogram(&mut self, family: &str, labels: &str, latency: &HistogramSnapshot) {
+        for (bound, count) in latency.cumulative_seconds() {
+            // Display writes infinity as `inf`; OpenMetrics wants `+Inf` for the last bucket.
+            let bound = if bound.is_finite() { bound.to_string() } else { "+Inf".to_owned() };
+            self.line(format_args!("{family}_bucket{{{labels},le=\"{bound}\"}} {count}"));
+        }
+        self.line(format_args!("{family}_count{{{labels}}} {}", latency.count()));
+        self.line(format_args!("{family}_sum{{{labels}}} {}", latency.sum_seconds()));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use serde_json::json;
+
+    use super::super::Metrics;
+    use super::{DAEMON_COUNTERS, KIND_COUNTERS, KIND_LATENCY, QUEUE_COUNTERS};
+
+    fn sample() -> Metrics {
+        let metrics = Metrics::new("block", &["read", "write"], 2);
+        metrics.daemon.sessions.add(3);
+        metrics.queues[1].kicks.add(7);
+        metrics.queues[1].broken.add(1);
+        let write = &metrics.queues[1].kinds[1];
+        write.requests.add(2);
+        write.bytes.add(8192);
+        write.latency.record(1_000);
+        write.latency.record(2_000_000_000);
+        metrics
+    }
+
+    #[test]
+    fn json_holds_every_counter_of_its_queue_and_kind() {
+        let stats = sample().to_json();
+        assert_eq!(stats["device"], "block");
+        assert_eq!(
+            stats["daemon"],
+            json!({"sessions": 3, "refused_front_ends": 0, "protocol_errors": 0, "broken_sessions": 0})
+        );
+        assert_eq!(stats["queues"][0]["kicks"], 0);
+        let queue = &stats["queues"][1];
+        assert_eq!(
+            (&queue["kicks"], &queue["broken"], &queue["drops"]),
+            (&json!(7), &json!(1), &json!(0))
+        );
+        let write = &queue["kinds"]["write"];
+        assert_eq!(
+            (&write["requests"], &write["bytes"], &write["errors"]),
+            (&json!(2), &json!(8192), &json!(0))
+        );
+        // 2 s lies in the bucket that ends at 2^31 ns, 1 µs in the one that ends at 2^10 ns.
+        assert_eq!(
+            write["latency_ns"],
+            json!({"count": 2, "sum": 2_000_001_000_u64, "p50": 1024, "p90": 2_147_483_648_u64,
+                   "p99": 2_147_483_648_u64, "p999": 2_147_483_648_u64, "max": 2_147_483_648_u64})
+        );
+    }
+
+    #[test]
+    fn openmetrics_has_a_sample_per_label_set_and_ends_with_eof() {
+        let text = sample().to_openmetrics();
+        for line in [
+            "# TYPE outboard_sessions counter",
+            "outboard_sessions_total{device=\"block\"} 3",
+            "outboard_kicks_total{device=\"block\",queue=\"1\"} 7",
+            "outboard_broken_rings_total{device=\"block\",queue=\"0\"} 0",
+            "# UNIT outboard_bytes bytes",
+            "outboard_bytes_total{device=\"block\",queue=\"1\",kind=\"write\"} 8192",
+            "# TYPE outboard_request_duration_seconds histogram",
+            "# UNIT outboard_request_duration_seconds seconds",
+            "outboard_request_duration_seconds_bucket{device=\"block\",queue=\"1\",kind=\"write\",le=\"0.000000512\"} 0",
+            "outboard_request_duration_seconds_bucket{device=\"block\",queue=\"1\",kind=\"write\",le=\"0.000001024\"} 1",
+            "outboard_request_duration_seconds_bucket{device=\"block\",queue=\"1\",kind=\"write\",le=\"+Inf\"} 2",
+            "outboard_request_duration_seconds_count{device=\"block\",queue=\"1\",kind=\"write\"} 2",
+            "outboard_request_duration_seconds_sum{device=\"block\",queue=\"1\",kind=\"write\"} 2.000001",
+        ] {
+            assert!(text.lines().any(|written| written == line), "{line} is missing in\n{text}");
+        }
+        assert!(text.ends_with("\n# EOF\n"));
+        assert!(!text.contains("\n\n"));
+    }
+
+    #[test]
+    fn samples_follow_the_header_of_their_family_and_no_series_is_written_twice() {
+        let text = sample().to_openmetrics();
+        let mut family = "";
+        let mut series = HashSet::new();
+        let mut families = HashSet::new();
+        for line in text.lines().filter(|line| *line != "# EOF") {
+            if let Some(header) = line.strip_prefix("# TYPE ") {
+                family = header.split(' ').next().expect("split yields one part at least");
+                assert!(families.insert(family), "{family} is written in two places");
+            }
+            let name = line
+                .trim_start_matches("# HELP ")
+                .trim_start_matches("# UNIT ")
+                .trim_start_matches("# TYPE ");
+            assert!(name.starts_with(family), "{line} stands under {family}");
+            if !line.starts_with('#') {
+                let (labels, _) = line.rsplit_once(' ').expect("a sample has a value");
+                assert!(series.insert(labels), "{labels} is written twice");
+            }
+        }
+    }
+
+    #[test]
+    fn definitions_share_no_name() {
+        let families: Vec<&str> = DAEMON_COUNTERS
+            .iter()
+            .map(|definition| definition.family)
+            .chain(QUEUE_COUNTERS.iter().map(|definition| definition.family))
+            .chain(KIND_COUNTERS.iter().map(|definition| definition.family))
+            .chain([KIND_LATENCY.family])
+            .collect();
+        assert_eq!(families.iter().collect::<HashSet<_>>().len(), families.len());
+        assert!(
+            families.iter().all(|family| !family.ends_with("_total")),
+            "the suffix belongs to samples"
+        );
+    }
+}

@@ -1,0 +1,135 @@
+//! What a daemon counts, and how it tells.
+//!
+//! Counters live with the code that counts: a queue's with the worker that owns the queue, the
+//! daemon's with the main thread. Each has one writer, so counting costs a plain add; reading
+//! happens only when somebody asks on the control socket. The names, help texts and places of all
+//! of them stand in one table ([`export`]), from which the JSON of `stats` and the OpenMetrics text
+//! of `GET /metrics` are both made.
+//!
+//! This module is a leaf: it knows no queue, no session and no socket. It deliberately has no
+//! registry that a device could add metrics of its own to; a device names its request kinds, and
+//! that has been enough.
+
+mod counter;
+mod export;
+mod histogram;
+
+use std::sync::Arc;
+
+pub use counter::Counter;
+pub use histogram::{Histogram, HistogramSnapshot};
+
+/// What is counted about one kind of request (a block device's read, write, flush…) on one queue.
+// 128 bytes: two cache lines, because x86 prefetches lines in pairs; two queues' workers must not
+// share one.
+#[derive(Debug, Default)]
+#[repr(align(128))]
+pub struct KindMetrics {
+    /// Requests completed, successful or not.
+    pub requests: Counter,
+    /// Payload bytes of the requests that succeeded.
+    pub bytes: Counter,
+    /// Requests that were answered with an error.
+    pub errors: Counter,
+    /// From popping the request's chain to publishing its used entry.
+    pub latency: Histogram,
+}
+
+/// What is counted about one virtqueue; its worker is the one writer.
+#[derive(Debug)]
+#[repr(align(128))]
+pub struct QueueMetrics {
+    /// One entry per request kind, in the order of the kind names given to [`Metrics::new`].
+    pub kinds: Box<[KindMetrics]>,
+    /// Kicks received.
+    pub kicks: Counter,
+    /// Calls signalled.
+    pub calls: Counter,
+    /// Calls that could not be signalled because the call fd was full or gone.
+    pub dropped_calls: Counter,
+    /// Times that the ring was marked broken.
+    pub broken: Counter,
+    /// Work given up because there was no place for it (a frame without a receive buffer).
+    pub drops: Counter,
+}
+
+impl QueueMetrics {
+    fn new(kind_count: usize) -> Self {
+        Self {
+            kinds: (0..kind_count).map(|_| KindMetrics::default()).collect(),
+            kicks: Counter::new(),
+            calls: Counter::new(),
+            dropped_calls: Counter::new(),
+            broken: Counter::new(),
+            drops: Counter::new(),
+        }
+    }
+}
+
+/// What is counted about the daemon as a whole; the main thread is the one writer.
+#[derive(Debug, Default)]
+pub struct DaemonMetrics {
+    /// Front ends served.
+    pub sessions: Counter,
+    /// Front ends turned away because another one was being served.
+    pub refused_front_ends: Counter,
+    /// Requests of front ends that were answered with an error or ended the session.
+    pub protocol_errors: Counter,
+    /// Sessions that ended for another reason than a hang-up or a termination signal.
+    pub broken_sessions: Counter,
+}
+
+/// All counters of a daemon.
+#[derive(Debug)]
+pub struct Metrics {
+    /// The device's name as exported, `block` for one.
+    pub device: &'static str,
+    kind_names: &'static [&'static str],
+    /// The daemon's own counters.
+    pub daemon: DaemonMetrics,
+    /// One entry per queue, by queue index.
+    pub queues: Vec<Arc<QueueMetrics>>,
+}
+
+impl Metrics {
+    /// Counters at zero for a device with `queue_count` queues and the given request kinds. Names
+    /// must be plain words (letters, digits, `_`, `-`): they are exported as label values without
+    /// escaping.
+    pub fn new(
+        device: &'static str,
+        kind_names: &'static [&'static str],
+        queue_count: u16,
+    ) -> Self {
+        let plain = |name: &&str| {
+            !name.is_empty()
+                && name
+                    .bytes()
+                    .all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'-'))
+        };
+        assert!(
+            plain(&device) && kind_names.iter().all(plain),
+            "device and kind names are plain words"
+        );
+        let queues =
+            (0..queue_count).map(|_| Arc::new(QueueMetrics::new(kind_names.len()))).collect();
+        Self { device, kind_names, daemon: DaemonMetrics::default(), queues }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{KindMetrics, Metrics, QueueMetrics};
+
+    #[test]
+    fn queues_and_kinds_do_not_share_cache_lines() {
+        assert_eq!(align_of::<QueueMetrics>() % 128, 0);
+        assert_eq!(size_of::<KindMetrics>() % 128, 0);
+    }
+
+    #[test]
+    fn each_queue_has_every_kind() {
+        let metrics = Metrics::new("block", &["read", "write"], 3);
+        assert_eq!(metrics.queues.len(), 3);
+        assert!(metrics.queues.iter().all(|queue| queue.kinds.len() == 2));
+    }
+}

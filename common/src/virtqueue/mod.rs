@@ -1,0 +1,267 @@
+//! A virtqueue as the device side sees it: chains out of the ring, used entries back.
+//!
+//! Contract: a [`Virtqueue`] belongs to one thread at a time and is moved, not shared. A chain is
+//! popped once and ends once. Used entries become visible with [`Virtqueue::publish`], one store
+//! for all of a turn. A ring whose driver breaks the rules is *broken*: it gives no more chains,
+//! its error descriptor is signalled once, chains that are out still end normally.
+//!
+//! The parts: [`split`] is the ring in memory, [`chain`] the walk, [`slots`] the chains that are
+//! out, [`notify`] the call and error descriptors. A packed ring is a sibling of [`split`] with
+//! the same verbs (take, put back, push used, publish, wants call, request kick). What it never
+//! sees: a file.
+
+mod chain;
+mod notify;
+mod slots;
+mod split;
+
+use std::sync::Arc;
+
+use self::slots::Slots;
+use self::split::SplitRing;
+use crate::memory::{AccessError, FrontendAddress, GuestAddress, MemoryMap};
+
+pub use self::chain::{Buffers, Chain, MAX_CHAIN_DESCRIPTORS};
+pub use self::notify::{Kick, Notifier, Signalled};
+pub use self::split::RingAddresses;
+
+/// VIRTIO 1.3, 6: indirect descriptors.
+pub const VIRTIO_F_INDIRECT_DESC: u64 = 1 << 28;
+/// VIRTIO 1.3, 6: `used_event` and `avail_event`.
+pub const VIRTIO_F_EVENT_IDX: u64 = 1 << 29;
+/// VIRTIO 1.3, 6: the device follows the specification, not its predecessors.
+pub const VIRTIO_F_VERSION_1: u64 = 1 << 32;
+/// The feature bits that a ring serves for every device.
+pub const RING_FEATURES: u64 = VIRTIO_F_INDIRECT_DESC | VIRTIO_F_EVENT_IDX | VIRTIO_F_VERSION_1;
+/// VIRTIO 1.3, 2.7: the largest queue size.
+pub const MAX_QUEUE_SIZE: u16 = 32768;
+
+/// What a driver or front end did wrong with a ring.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "the messages say what the fields are")]
+pub enum RingError {
+    #[error("queue size {size} is not a power of two")]
+    Size { size: u16 },
+    #[error("the {area} is not in the guest's memory")]
+    Unmapped { area: &'static str, source: AccessError },
+    #[error("the {area} at {at:#x?} is not aligned to {align} bytes")]
+    Misaligned { area: &'static str, at: FrontendAddress, align: u64 },
+    #[error("available index jumped to {index}, more than {size} past {next}")]
+    IndexJump { index: u16, next: u16, size: u16 },
+    #[error("head {head} is outside the table of {size} descriptors")]
+    Head { head: u16, size: u16 },
+    #[error("head {head} was made available again before it was used")]
+    HeadInUse { head: u16 },
+    #[error("chain {head} goes on at {next}, outside the table of {size} descriptors")]
+    Next { head: u16, next: u16, size: u16 },
+    #[error("chain {head} is longer than {limit} descriptors, or a loop")]
+    ChainTooLong { head: u16, limit: u16 },
+    #[error("chain {head} is longer than 4 GiB")]
+    ChainTooManyBytes { head: u16 },
+    #[error("chain {head} has a readable buffer after a writable one")]
+    ReadableAfterWritable { head: u16 },
+    #[error("chain {head} has an indirect descriptor where none may be")]
+    Indirect { head: u16 },
+    #[error("chain {head} has an indirect table of {len_bytes} bytes")]
+    IndirectLength { head: u16, len_bytes: u32 },
+    #[error("chain {head} has an indirect table at {at:#x?}, across regions or misaligned")]
+    IndirectPlace { head: u16, at: GuestAddress },
+    #[error("a buffer is not in the guest's memory")]
+    Buffer { source: AccessError },
+    #[error("chain {head} is no request: {why}")]
+    Request { head: u16, why: &'static str },
+}
+
+/// What a ring needs to start, as the session has collected it.
+pub struct RingSetup {
+    /// Where its areas lie.
+    pub addresses: RingAddresses,
+    /// Its number of entries.
+    pub size: u16,
+    /// The next available entry to take.
+    pub base: u16,
+    /// The feature bits that the driver acknowledged.
+    pub features: u64,
+    /// The guest's memory.
+    pub memory: Arc<MemoryMap>,
+    /// Tells the driver about used buffers.
+    pub call: Notifier,
+    /// Tells the front end that the ring is broken.
+    pub error: Notifier,
+}
+
+/// A running virtqueue; see the module's head.
+pub struct Virtqueue {
+    ring: SplitRing,
+    /// Keeps the ring's own areas mapped, also when a newer map lacks them.
+    ring_memory: Arc<MemoryMap>,
+    slots: Slots,
+    indirect: bool,
+    region_hint: usize,
+    call: Notifier,
+    error: Notifier,
+    broken: bool,
+}
+
+impl Virtqueue {
+    /// Resolves the ring's areas in guest memory.
+    ///
+    /// # Errors
+    /// The size is not a power of two, or an area is misaligned or not in guest memory.
+    pub fn new(setup: RingSetup) -> Result<Self, RingError> {
+        let event_idx = setup.features & VIRTIO_F_EVENT_IDX != 0;
+        let RingSetup { addresses, size, base, memory, .. } = setup;
+        Ok(Self {
+            ring: SplitRing::new(addresses, size, base, event_idx, &memory)?,
+            ring_memory: Arc::clone(&memory),
+            slots: Slots::new(size, memory),
+            indirect: setup.features & VIRTIO_F_INDIRECT_DESC != 0,
+            region_hint: 0,
+            call: setup.call,
+            error: setup.error,
+            broken: false,
+        })
+    }
+
+    /// Number of entries.
+    pub fn size(&self) -> u16 {
+        self.ring.size()
+    }
+
+    /// The next available entry to take.
+    pub fn next_available(&self) -> u16 {
+        self.ring.next_available()
+    }
+
+    /// Chains that are out.
+    pub fn chains_out(&self) -> u32 {
+        self.slots.count()
+    }
+
+    /// Takes the next chain, popped at `now_ns`; `None` when the driver has made none available.
+    ///
+    /// # Errors
+    /// The driver broke a rule; the ring is broken from now on.
+    pub(crate) fn pop(&mut self, now_ns: u64) -> Result<Option<Chain>, RingError> {
+        if self.broken {
+            return Ok(None);
+        }
+        let position = self.ring.next_available();
+        let Some(head) = self.ring.take()? else { return Ok(None) };
+        let (buffers, memory) = self.slots.vacant(head).ok_or(RingError::HeadInUse { head })?;
+        let place = chain::Walk {
+            table: self.ring.descriptors(),
+            size: self.ring.size(),
+            indirect: self.indirect,
+            memory,
+            region_hint: &mut self.region_hint,
+        };
+        let extent = chain::walk(place, head, buffers)?;
+        self.slots.open(head, position, extent, now_ns);
+        Ok(Some(Chain::new(head)))
+    }
+
+    /// The chain's device-readable bytes.
+    pub(crate) fn readable(&self, chain: &Chain) -> Buffers<'_> {
+        Buffers::new(self.slots.readable(chain.slot()))
+    }
+
+    /// The chain's device-writable bytes.
+    pub(crate) fn writable(&self, chain: &Chain) -> Buffers<'_> {
+        Buffers::new(self.slots.writable(chain.slot()))
+    }
+
+    /// Ends a chain as used with `written_bytes` written; the nanosecond at which it was popped.
+    pub(crate) fn used(&mut self, chain: Chain, written_bytes: u32) -> u64 {
+        let head = chain.end();
+        let (popped_ns, _) = self.slots.close(head);
+        self.ring.push_used(head, written_bytes);
+        popped_ns
+    }
+
+    /// Ends a chain as never popped.
+    ///
+    /// Only the newest chain that is out can be put back, so several are put back newest first.
+    pub(crate) fn retract(&mut self, chain: Chain) {
+        let newest = self.ring.next_available().wrapping_sub(1);
+        assert!(
+            self.slots.position(chain.slot()) == Some(newest),
+            "chain {} is not the newest: retract in the reverse order of pops",
+            chain.slot()
+        );
+        self.slots.close(chain.end());
+        self.ring.put_back();
+    }
+
+    /// Counts an operation on the chain in `slot` that begins (`true`) or has ended.
+    pub(crate) fn operation(&mut self, slot: u16, begins: bool) {
+        self.slots.operation(slot, begins);
+    }
+
+    /// Shows the driver what was used since the last time; whether it was called.
+    pub(crate) fn publish(&mut self) -> Option<Signalled> {
+        (self.ring.publish() && self.ring.wants_call()).then(|| self.call.signal())
+    }
+
+    /// Tells the driver that kicks are not needed for now.
+    pub(crate) fn suppress_kicks(&self) {
+        self.ring.suppress_kicks();
+    }
+
+    /// Asks for a kick; true when a chain is available already.
+    ///
+    /// # Errors
+    /// The driver's index jumped; the ring is broken from now on.
+    pub(crate) fn request_kick(&mut self) -> Result<bool, RingError> {
+        if self.broken { Ok(false) } else { self.ring.request_kick() }
+    }
+
+    /// Marks the ring broken and signals its error descriptor.
+    pub(crate) fn break_off(&mut self) {
+        self.broken = true;
+        self.error.signal();
+    }
+
+    /// Whether the driver broke the rules.
+    pub fn is_broken(&self) -> bool {
+        self.broken
+    }
+
+    /// Calls the driver if it ever got a buffer back: an earlier call may have been lost, with a
+    /// back end that is gone or a descriptor that was replaced. A driver bears a spurious one.
+    pub(crate) fn call_again(&self) -> Option<Signalled> {
+        self.ring.has_used().then(|| self.call.signal())
+    }
+
+    pub(crate) fn set_call(&mut self, call: Notifier) {
+        self.call = call;
+    }
+
+    pub(crate) fn set_error(&mut self, error: Notifier) {
+        self.error = error;
+    }
+
+    /// Uses another memory map from the next chain on.
+    ///
+    /// # Errors
+    /// The ring itself is not in it; the ring is broken from now on.
+    pub(crate) fn set_memory(&mut self, memory: Arc<MemoryMap>) -> Result<(), RingError> {
+        let moved = self.ring.relocate(&memory);
+        if moved.is_ok() {
+            self.ring_memory = Arc::clone(&memory);
+        }
+        self.slots.replace_map(memory);
+        self.region_hint = 0;
+        moved
+    }
+
+    /// Whether no chain refers to a replaced memory map.
+    pub(crate) fn is_settled(&self) -> bool {
+        self.slots.is_settled()
+    }
+
+    /// Whether the front end took away memory that is mapped.
+    pub(crate) fn is_poisoned(&self) -> bool {
+        self.ring_memory.is_poisoned() || self.slots.map().is_poisoned()
+    }
+}

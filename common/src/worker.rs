@@ -1,0 +1,393 @@
+//! The loop: kick → pop → submit → engine → complete → used → call.
+//!
+//! A worker is a thread that owns some rings and one engine outright. A turn of its loop lets each
+//! ring that has work pop and submit, publishes what was used with one store and at most one call
+//! per ring, and then makes one system call that submits everything and waits for whatever comes
+//! next: a completion, a kick, or mail. [`Workers`] is the control plane's handle: it posts
+//! commands and awaits their answers; a running ring is never touched from outside.
+
+mod mailbox;
+mod ring;
+
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use tokio::sync::{mpsc, oneshot};
+
+use self::mailbox::Mailbox;
+use self::ring::{ActiveRing, Notice};
+use crate::device::{Device, HostFault};
+use crate::engine::{Completion, EngineError, Event, Subject, Uring, Wait};
+use crate::memory::MemoryMap;
+use crate::metrics::{Metrics, QueueMetrics};
+use crate::virtqueue::{Kick, Notifier, RingError, Virtqueue};
+
+/// The longest sleep between two looks at a ring that has no kick.
+const POLL_MAX: Duration = Duration::from_millis(1);
+/// The first sleep after a look at such a ring that found nothing.
+const POLL_MIN: Duration = Duration::from_micros(10);
+/// Events that wait for the control plane. Host faults, which it only logs, take half of it at
+/// most; the others come at most a few times per start of a ring.
+const EVENT_BACKLOG: usize = 1024;
+
+/// What a worker tells the control plane.
+#[derive(Debug)]
+pub enum WorkerEvent {
+    /// The driver broke a ring's rules; the ring is idle until it is stopped and started.
+    RingBroken {
+        /// Which ring.
+        index: u16,
+        /// How.
+        fault: RingError,
+    },
+    /// The front end took mapped memory away: the session must end.
+    MemoryLost,
+    /// The host failed a request.
+    HostFault {
+        /// The ring it came from.
+        index: u16,
+        /// What and where.
+        fault: HostFault,
+    },
+    /// A ring's kick descriptor cannot be watched, or hung up: the ring gets no kicks.
+    KickLost {
+        /// Which ring.
+        index: u16,
+    },
+    /// The worker's engine failed: the process cannot go on.
+    EngineFailed(std::io::Error),
+}
+
+/// How a ring is started on its worker.
+pub struct RingStart {
+    /// Its place in the device.
+    pub index: u16,
+    /// The ring, resolved.
+    pub ring: Virtqueue,
+    /// How it is kicked.
+    pub kick: Kick,
+    /// The feature bits that the driver acknowledged.
+    pub features: u64,
+}
+
+enum Command<Q> {
+    Start(Box<ActiveRing<Q>>),
+    Stop { index: u16, base: oneshot::Sender<u16> },
+    SetCall { index: u16, call: Notifier },
+    SetError { index: u16, error: Notifier },
+    SetMemory { index: u16, memory: Arc<MemoryMap>, settled: oneshot::Sender<()> },
+    Quit,
+}
+
+/// A worker's thread and how to reach it.
+struct Thread<Q> {
+    mailbox: Arc<Mailbox<Command<Q>>>,
+    handle: JoinHandle<()>,
+}
+
+/// The worker threads of a device.
+pub struct Workers<D: Device> {
+    device: Arc<D>,
+    threads: Vec<Thread<D::Queue>>,
+    queues: Vec<Arc<QueueMetrics>>,
+    running: Vec<bool>,
+}
+
+impl<D: Device> Workers<D> {
+    /// Starts `count` workers; their events come out of the second value.
+    ///
+    /// # Errors
+    /// A thread or its engine could not be set up.
+    pub fn start(
+        device: Arc<D>,
+        count: u16,
+        metrics: &Metrics,
+    ) -> Result<(Self, mpsc::Receiver<WorkerEvent>), EngineError> {
+        let (events, receiver) = mpsc::channel(EVENT_BACKLOG);
+        let mut threads = Vec::new();
+        for number in 0..count.max(1) {
+            threads.push(spawn(number, Arc::clone(&device), events.clone())?);
+        }
+        let queues = metrics.queues.clone();
+        let running = vec![false; queues.len()];
+        Ok((Self { device, threads, queues, running }, receiver))
+    }
+
+    /// Gives a ring to its worker. It must not be running.
+    pub fn start_ring(&mut self, start: RingStart) {
+        let RingStart { index, ring, kick, features } = start;
+        assert!(!self.running[usize::from(index)], "ring {index} is started once");
+        let queue = self.device.open_queue(index, features, ring.size());
+        let metrics = Arc::clone(&self.queues[usize::from(index)]);
+        let active = Box::new(ActiveRing::new(index, ring, queue, kick, metrics));
+        self.running[usize::from(index)] = true;
+        self.post(index, Command::Start(active));
+    }
+
+    /// Whether a ring is on its worker.
+    pub fn is_running(&self, index: u16) -> bool {
+        self.running.get(usize::from(index)).is_some_and(|running| *running)
+    }
+
+    /// Takes a ring back once its last chain has ended: the next available index, which is what
+    /// `GET_VRING_BASE` answers. `None` if it was not running.
+    pub async fn stop_ring(&mut self, index: u16) -> Option<u16> {
+        let stopped = self.ask_to_stop(index)?;
+        let base = stopped.await.ok();
+        self.running[usize::from(index)] = false;
+        base
+    }
+
+    /// Takes all rings back, side by side.
+    pub async fn stop_rings(&mut self) {
+        let indexes = (0..).take(self.running.len());
+        let waiting: Vec<_> = indexes.filter_map(|index| self.ask_to_stop(index)).collect();
+        for stopped in waiting {
+            // A ring that a dropped call had asked to stop may be gone already.
+            let _ = stopped.await;
+        }
+        self.running.fill(false);
+    }
+
+    fn ask_to_stop(&self, index: u16) -> Option<oneshot::Receiver<u16>> {
+        self.is_running(index).then(|| {
+            let (base, stopped) = oneshot::channel();
+            self.post(index, Command::Stop { index, base });
+            stopped
+        })
+    }
+
+    /// Replaces a running ring's call descriptor.
+    pub fn set_call(&self, index: u16, call: Notifier) {
+        self.post(index, Command::SetCall { index, call });
+    }
+
+    /// Replaces a running ring's error descriptor.
+    pub fn set_error(&self, index: u16, error: Notifier) {
+        self.post(index, Command::SetError { index, error });
+    }
+
+    /// Gives all running rings another memory map, and returns once no chain refers to an older
+    /// one: memory that left the map is then out of reach.
+    pub async fn set_memory(&self, memory: &Arc<MemoryMap>) {
+        let mut waiting = Vec::new();
+        for index in (0..).zip(&self.running).filter_map(|(index, run)| run.then_some(index)) {
+            let (settled, wait) = oneshot::channel();
+            let memory = Arc::clone(memory);
+            self.post(index, Command::SetMemory { index, memory, settled });
+            waiting.push(wait);
+        }
+        for wait in waiting {
+            // A worker that is gone refers to nothing.
+            let _ = wait.await;
+        }
+    }
+
+    fn post(&self, index: u16, command: Command<D::Queue>) {
+        self.threads[usize::from(index) % self.threads.len()].mailbox.send(command);
+    }
+}
+
+impl<D: Device> Drop for Workers<D> {
+    fn drop(&mut self) {
+        for thread in &self.threads {
+            thread.mailbox.send(Command::Quit);
+        }
+        for thread in self.threads.drain(..) {
+            // A worker that panicked has said so on the log.
+            let _ = thread.handle.join();
+        }
+    }
+}
+
+/// Starts one worker, and waits until its engine is set up.
+fn spawn<D: Device>(
+    number: u16,
+    device: Arc<D>,
+    events: mpsc::Sender<WorkerEvent>,
+) -> Result<Thread<D::Queue>, EngineError> {
+    let mailbox = Mailbox::new().map_err(|error| EngineError::Setup(error.into()))?;
+    let mailbox = Arc::new(mailbox);
+    let (ready, is_ready) = std::sync::mpsc::channel();
+    let handle = std::thread::Builder::new().name(format!("worker-{number}")).spawn({
+        let mailbox = Arc::clone(&mailbox);
+        move || {
+            let files = device.files().iter().map(AsRawFd::as_raw_fd).collect();
+            // The engine belongs to the thread that made it.
+            match Uring::new(files) {
+                Ok(engine) => {
+                    let _ = ready.send(Ok(()));
+                    let rings = (0..device.queue_count()).map(|_| None).collect();
+                    Worker::<D> { engine, rings, mailbox, events, began: Instant::now() }.run();
+                }
+                Err(error) => {
+                    let _ = ready.send(Err(error));
+                }
+            }
+        }
+    });
+    let handle = handle.map_err(EngineError::Setup)?;
+    match is_ready.recv() {
+        Ok(Ok(())) => Ok(Thread { mailbox, handle }),
+        Ok(Err(error)) => Err(error),
+        Err(gone) => Err(EngineError::Setup(std::io::Error::other(gone))),
+    }
+}
+
+struct Worker<D: Device> {
+    engine: Uring,
+    rings: Vec<Option<ActiveRing<D::Queue>>>,
+    mailbox: Arc<Mailbox<Command<D::Queue>>>,
+    events: mpsc::Sender<WorkerEvent>,
+    began: Instant,
+}
+
+impl<D: Device> Worker<D> {
+    fn run(mut self) {
+        if let Err(fault) = self.turns() {
+            self.tell(WorkerEvent::EngineFailed(fault));
+        }
+    }
+
+    /// Turns until told to quit.
+    fn turns(&mut self) -> std::io::Result<()> {
+        self.engine.watch(Subject::Mail, self.mailbox.bell())?;
+        let mut events = Vec::with_capacity(256);
+        let mut idle = Duration::ZERO;
+        loop {
+            let now_ns = self.now_ns();
+            let mut popped = false;
+            for event in events.drain(..) {
+                if !self.dispatch(event, now_ns)? {
+                    return Ok(());
+                }
+            }
+            for ring in self.rings.iter_mut().flatten().filter(|ring| ring.is_runnable()) {
+                popped |= ring.process(now_ns, &mut self.engine);
+            }
+            self.close_turn()?;
+            let wait = self.how_long(popped, &mut idle);
+            self.engine.turn(wait, &mut events)?;
+        }
+    }
+
+    fn now_ns(&self) -> u64 {
+        u64::try_from(self.began.elapsed().as_nanos()).unwrap_or(u64::MAX)
+    }
+
+    /// Serves one event; false when it is time to quit.
+    fn dispatch(&mut self, event: Event, now_ns: u64) -> std::io::Result<bool> {
+        match event.subject {
+            Subject::Operation { queue, token } => {
+                if let Some(ring) = &mut self.rings[usize::from(queue)] {
+                    let done = Completion { token, result: event.outcome() };
+                    ring.complete(now_ns, done, &mut self.engine);
+                }
+            }
+            Subject::Kick { queue } => {
+                if let Some(ring) = &mut self.rings[usize::from(queue)] {
+                    let notice = ring.kicked(event.outcome(), event.more, &mut self.engine)?;
+                    if let Some(notice) = notice {
+                        self.tell(notice.of(queue));
+                    }
+                }
+            }
+            Subject::Mail => {
+                if !event.more {
+                    self.engine.watch(Subject::Mail, self.mailbox.bell())?;
+                }
+                return self.read_mail();
+            }
+            Subject::CalledOff => {}
+        }
+        Ok(true)
+    }
+
+    fn read_mail(&mut self) -> std::io::Result<bool> {
+        while let Some(command) = self.mailbox.take() {
+            let (index, command) = match command {
+                Command::Quit => return Ok(false),
+                Command::Start(mut ring) => {
+                    ring.watch(&mut self.engine)?;
+                    let index = usize::from(ring.index());
+                    self.rings[index] = Some(*ring);
+                    continue;
+                }
+                Command::Stop { index, .. }
+                | Command::SetCall { index, .. }
+                | Command::SetError { index, .. }
+                | Command::SetMemory { index, .. } => (index, command),
+            };
+            if let Some(ring) = &mut self.rings[usize::from(index)] {
+                match command {
+                    Command::Stop { base, .. } => ring.stop(base, &mut self.engine)?,
+                    Command::SetCall { call, .. } => ring.set_call(call),
+                    Command::SetError { error, .. } => ring.set_error(error),
+                    Command::SetMemory { memory, settled, .. } => ring.set_memory(memory, settled),
+                    Command::Start(_) | Command::Quit => {}
+                }
+            }
+        }
+        Ok(true)
+    }
+
+    /// Publishes, tells, answers, and lets go of rings that have stopped.
+    fn close_turn(&mut self) -> std::io::Result<()> {
+        for index in 0..self.rings.len() {
+            let Some(ring) = &mut self.rings[index] else { continue };
+            ring.publish();
+            if let Some(fault) = ring.engine_fault() {
+                return Err(fault);
+            }
+            ring.settle();
+            let queue = ring.index();
+            let notice = ring.notice();
+            if ring.has_stopped()
+                && let Some(ring) = self.rings[index].take()
+            {
+                ring.end();
+            }
+            if let Some(notice) = notice {
+                self.tell(notice.of(queue));
+            }
+        }
+        Ok(())
+    }
+
+    /// How long the next turn may sleep. Rings without a kick are looked at again at once while
+    /// they bring work, then ever more rarely.
+    fn how_long(&mut self, popped: bool, idle: &mut Duration) -> Wait {
+        if self.rings.iter().flatten().any(ActiveRing::is_runnable) {
+            return Wait::No;
+        }
+        let mut wait = Wait::Forever;
+        for ring in self.rings.iter_mut().flatten().filter(|ring| ring.is_polled()) {
+            ring.look();
+            *idle = if popped { Duration::ZERO } else { (*idle * 2).clamp(POLL_MIN, POLL_MAX) };
+            wait = if popped { Wait::No } else { Wait::AtMost(*idle) };
+        }
+        wait
+    }
+
+    /// Never waits: the control plane may itself be waiting for this worker.
+    fn tell(&self, event: WorkerEvent) {
+        let only_logged = matches!(event, WorkerEvent::HostFault { .. });
+        if !only_logged || self.events.capacity() > EVENT_BACKLOG / 2 {
+            // Where the backlog is full the event is lost, the counters are not.
+            let _ = self.events.try_send(event);
+        }
+    }
+}
+
+impl Notice {
+    fn of(self, index: u16) -> WorkerEvent {
+        match self {
+            Self::Broken(fault) => WorkerEvent::RingBroken { index, fault },
+            Self::Poisoned => WorkerEvent::MemoryLost,
+            Self::Host(fault) => WorkerEvent::HostFault { index, fault },
+            Self::NoKick => WorkerEvent::KickLost { index },
+        }
+    }
+}

@@ -1,0 +1,241 @@
+//! One ring on its worker: what happens to it in a turn, and how it ends.
+
+use std::sync::Arc;
+
+use tokio::sync::oneshot;
+
+use crate::device::{DeviceQueue, HostFault, MAX_CHAINS_PER_TURN, QueueIo, Turn};
+use crate::engine::{Completion, Subject, Uring};
+use crate::memory::MemoryMap;
+use crate::metrics::QueueMetrics;
+use crate::virtqueue::{Kick, Notifier, RingError, Signalled, Virtqueue};
+
+/// A ring, the device's half for it, and where they stand.
+pub(super) struct ActiveRing<Q> {
+    ring: Virtqueue,
+    queue: Q,
+    metrics: Arc<QueueMetrics>,
+    kick: Kick,
+    turn: Turn,
+    index: u16,
+    /// The engine watches the kick.
+    watched: bool,
+    /// There may be chains to pop.
+    runnable: bool,
+    /// Somebody waits for the ring to have stopped, and for its base.
+    stopped: Option<oneshot::Sender<u16>>,
+    /// Somebody waits until no chain refers to a replaced memory map.
+    settled: Vec<oneshot::Sender<()>>,
+    /// The loss of the front end's memory was told.
+    poison_told: bool,
+}
+
+/// What the rest of the process is to know of a turn.
+pub(super) enum Notice {
+    /// The driver broke the ring's rules.
+    Broken(RingError),
+    /// The front end took mapped memory away.
+    Poisoned,
+    /// The host failed a request.
+    Host(HostFault),
+    /// The kick descriptor is none, or is gone.
+    NoKick,
+}
+
+impl<Q: DeviceQueue> ActiveRing<Q> {
+    pub(super) fn new(
+        index: u16,
+        ring: Virtqueue,
+        queue: Q,
+        kick: Kick,
+        metrics: Arc<QueueMetrics>,
+    ) -> Self {
+        let active = Self {
+            ring,
+            queue,
+            metrics,
+            kick,
+            turn: Turn::default(),
+            index,
+            watched: false,
+            runnable: true,
+            stopped: None,
+            settled: Vec::new(),
+            poison_told: false,
+        };
+        active.count_call(active.ring.call_again());
+        active
+    }
+
+    /// Has the engine watch the kick, where there is one.
+    pub(super) fn watch(&mut self, engine: &mut Uring) -> std::io::Result<()> {
+        if let Some(fd) = self.kick.descriptor() {
+            engine.watch(Subject::Kick { queue: self.index }, fd)?;
+            self.watched = true;
+        }
+        Ok(())
+    }
+
+    /// The engine's watch fired with these poll bits, or failed; `more` says that it goes on.
+    pub(super) fn kicked(
+        &mut self,
+        bits: Result<u32, rustix::io::Errno>,
+        more: bool,
+        engine: &mut Uring,
+    ) -> std::io::Result<Option<Notice>> {
+        self.watched = more;
+        if self.stopped.is_some() {
+            return Ok(None);
+        }
+        self.metrics.kicks.add(1);
+        self.runnable = true;
+        self.kick.drain();
+        let readable = bits.is_ok_and(|bits| bits & libc::POLLIN as u32 != 0);
+        if readable && !more {
+            self.watch(engine)?;
+        }
+        Ok((!readable).then_some(Notice::NoKick))
+    }
+
+    pub(super) fn index(&self) -> u16 {
+        self.index
+    }
+
+    /// Whether the ring has no kick and must be looked at from time to time.
+    pub(super) fn is_polled(&self) -> bool {
+        matches!(self.kick, Kick::Polled) && self.stopped.is_none()
+    }
+
+    pub(super) fn look(&mut self) {
+        self.runnable = true;
+    }
+
+    pub(super) fn is_runnable(&self) -> bool {
+        self.runnable
+    }
+
+    /// Lets the device pop; true when it popped anything.
+    pub(super) fn process(&mut self, now_ns: u64, engine: &mut Uring) -> bool {
+        self.runnable = false;
+        self.turn.now_ns = now_ns;
+        self.turn.budget = MAX_CHAINS_PER_TURN;
+        self.turn.more = false;
+        self.ring.suppress_kicks();
+        self.with_queue(engine, |queue, io| queue.process(io));
+        self.runnable = self.turn.more;
+        self.turn.budget != MAX_CHAINS_PER_TURN
+    }
+
+    /// Gives the device a completion.
+    pub(super) fn complete(&mut self, now_ns: u64, done: Completion, engine: &mut Uring) {
+        self.turn.now_ns = now_ns;
+        self.turn.operations -= 1;
+        self.ring.operation(done.token.slot, false);
+        self.with_queue(engine, |queue, io| queue.complete(done, io));
+    }
+
+    fn with_queue(&mut self, engine: &mut Uring, run: impl FnOnce(&mut Q, &mut QueueIo<'_>)) {
+        let mut io = QueueIo {
+            ring: &mut self.ring,
+            engine,
+            metrics: &self.metrics,
+            state: &mut self.turn,
+            queue: self.index,
+        };
+        run(&mut self.queue, &mut io);
+    }
+
+    /// Shows the driver this turn's used entries.
+    pub(super) fn publish(&mut self) {
+        let signalled = self.ring.publish();
+        self.count_call(signalled);
+    }
+
+    fn count_call(&self, signalled: Option<Signalled>) {
+        match signalled {
+            Some(Signalled::Sent) => self.metrics.calls.add(1),
+            Some(Signalled::Dropped) => self.metrics.dropped_calls.add(1),
+            Some(Signalled::Nobody) | None => {}
+        }
+    }
+
+    /// What went wrong in this turn, one thing at a time.
+    pub(super) fn notice(&mut self) -> Option<Notice> {
+        if let Some(fault) = self.turn.fault.take() {
+            return Some(Notice::Broken(fault));
+        }
+        if let Some(fault) = self.turn.host_fault.take() {
+            return Some(Notice::Host(fault));
+        }
+        if !self.poison_told && self.ring.is_poisoned() {
+            self.poison_told = true;
+            return Some(Notice::Poisoned);
+        }
+        None
+    }
+
+    /// The engine's refusal of an operation, if there was one.
+    pub(super) fn engine_fault(&mut self) -> Option<std::io::Error> {
+        self.turn.engine_fault.take()
+    }
+
+    /// Stops popping; `base` is told once the last chain has ended.
+    pub(super) fn stop(
+        &mut self,
+        base: oneshot::Sender<u16>,
+        engine: &mut Uring,
+    ) -> std::io::Result<()> {
+        self.stopped = Some(base);
+        self.turn.stopping = true;
+        self.runnable = false;
+        self.with_queue(engine, |queue, io| queue.stop(io));
+        if self.watched { engine.unwatch(Subject::Kick { queue: self.index }) } else { Ok(()) }
+    }
+
+    /// Whether the ring was asked to stop and has nothing left that the kernel or the device holds.
+    pub(super) fn has_stopped(&self) -> bool {
+        self.stopped.is_some()
+            && self.turn.operations == 0
+            && self.ring.chains_out() == 0
+            && !self.watched
+    }
+
+    /// Gives the base to whoever asked for the stop.
+    pub(super) fn end(self) {
+        if let Some(stopped) = self.stopped {
+            // Nobody waits any more when the process is ending.
+            let _ = stopped.send(self.ring.next_available());
+        }
+    }
+
+    pub(super) fn set_call(&mut self, call: Notifier) {
+        self.ring.set_call(call);
+        self.count_call(self.ring.call_again());
+    }
+
+    pub(super) fn set_error(&mut self, error: Notifier) {
+        self.ring.set_error(error);
+    }
+
+    /// Uses another memory map; `settled` is told once no chain refers to an older one.
+    pub(super) fn set_memory(&mut self, memory: Arc<MemoryMap>, settled: oneshot::Sender<()>) {
+        if let Err(fault) = self.ring.set_memory(memory) {
+            self.ring.break_off();
+            self.metrics.broken.add(1);
+            self.turn.fault = Some(fault);
+        }
+        self.poison_told = false;
+        self.runnable = self.stopped.is_none();
+        self.settled.push(settled);
+    }
+
+    /// Answers those who wait for replaced memory.
+    pub(super) fn settle(&mut self) {
+        if !self.settled.is_empty() && self.ring.is_settled() {
+            for settled in self.settled.drain(..) {
+                // Nobody waits any more when the process is ending.
+                let _ = settled.send(());
+            }
+        }
+    }
+}
