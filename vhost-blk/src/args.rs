@@ -1,0 +1,255 @@
+//! The command line of vhost-blk.
+//!
+//! Contract: [`parse`] turns it into [`Options`] in which every value has been checked, before
+//! anything is opened. The options that every daemon has are `common`'s; here are those of a disk.
+//! This one definition yields help and checks. `--print-capabilities`, with which all others are
+//! ignored, right or wrong, is asked for before parsing (`common::daemon::capabilities`).
+//!
+//! What it deliberately does not do: open files, or read a configuration file (under systemd, an
+//! instance's file holds this same command line).
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use clap::error::ErrorKind;
+use clap::{Args, CommandFactory, Parser};
+use common::daemon::DaemonOptions;
+
+use crate::config::{QueueLimits, Serial};
+use crate::disk::{DiskSpec, OpenOptions};
+
+/// Most queues of a device.
+///
+/// A guest uses one queue per virtual CPU at most, and VMMs stop at about this number of CPUs; each
+/// queue costs its share of memory and descriptors before it is used.
+const QUEUE_COUNT_MAX: i64 = 256;
+
+/// Largest size of a split virtqueue.
+// VIRTIO 1.3, 2.7: The maximum Queue Size value is 32768. Queue Size value is always a power of 2.
+const QUEUE_SIZE_MAX: u16 = 32_768;
+
+/// A request that is worth serving has at least a header and a status, each in a descriptor.
+const QUEUE_SIZE_MIN: u16 = 2;
+
+/// The options of a daemon that serves a disk.
+#[derive(Debug)]
+pub(crate) struct Options {
+    /// Sockets, threads and log.
+    pub(crate) daemon: DaemonOptions,
+    /// What to open.
+    pub(crate) disk: DiskSpec,
+    /// How to open it.
+    pub(crate) open: OpenOptions,
+    /// What the guest is told when it asks for the disk's serial number; zeros if nothing was
+    /// given.
+    pub(crate) serial: Serial,
+    /// How many queues, and how large.
+    pub(crate) queues: QueueLimits,
+}
+
+/// Parses a command line, the program's name first. The error prints itself and knows the exit
+/// status (`clap::Error::exit`).
+pub(crate) fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Options, clap::Error> {
+    let line = CommandLine::try_parse_from(arguments)?;
+    let Some(disk) = line.source.disk.or(line.source.blk_file.map(DiskSpec::File)) else {
+        // The group has already asked for one of them; should it ever stop, this does.
+        return Err(CommandLine::command()
+            .error(ErrorKind::MissingRequiredArgument, "no disk: --blk-file PATH names one"));
+    };
+    Ok(Options {
+        daemon: line.daemon,
+        disk,
+        open: OpenOptions { read_only: line.read_only, lock: !line.no_lock },
+        serial: line.serial.unwrap_or_default(),
+        queues: QueueLimits { count: line.num_queues, size_max: line.queue_size },
+    })
+}
+
+/// Serve a disk to a virtual machine, as a process of its own
+///
+/// vhost-blk is the back end of a virtio block device: it listens on a vhost-user socket, to which
+/// a VMM (QEMU, Cloud Hypervisor, Firecracker, crosvm, User-Mode Linux) connects, shares the
+/// guest's memory with it and leaves the guest's disk requests to it. The guest uses its ordinary
+/// virtio driver. When the VMM goes away, the daemon waits for the next one.
+#[derive(Debug, Parser)]
+#[command(name = "vhost-blk", version, after_long_help = EXAMPLES, max_term_width = 100)]
+struct CommandLine {
+    #[command(flatten)]
+    source: Source,
+
+    /// Offer a read-only disk, and open the file for reading only
+    ///
+    /// Several daemons may serve one image read-only at the same time.
+    #[arg(long, help_heading = "Disk options")]
+    read_only: bool,
+
+    /// Serial number that the guest sees: at most 20 printable ASCII characters
+    ///
+    /// Linux makes it the link /dev/disk/by-id/virtio-SERIAL. Without this option there is none:
+    /// one that we made up, say from the file's name, would change when the file moves, and guests
+    /// would take two disks for one when two names begin alike.
+    #[arg(long, value_name = "SERIAL", help_heading = "Disk options")]
+    serial: Option<Serial>,
+
+    /// Queues of the device, 1 to 256
+    ///
+    /// The VMM may use fewer, and fails to start if it wants more: QEMU wants one for each of the
+    /// guest's CPUs unless its num-queues= says otherwise. One for each CPU lets them send requests
+    /// side by side; more than one thread of this daemon (--threads) serves them so too.
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 1,
+        value_parser = clap::value_parser!(u16).range(1..=QUEUE_COUNT_MAX),
+        help_heading = "Disk options"
+    )]
+    num_queues: u16,
+
+    /// Largest queue size that is accepted: a power of two from 2 to 32768
+    ///
+    /// The VMM chooses the size of a queue (QEMU: queue-size=, at most 1024), this is only an upper
+    /// limit. Guests are told that a request has at most 254 segments, or two less than this size
+    /// if that is fewer.
+    #[arg(long, value_name = "N", default_value_t = 1024, value_parser = parse_queue_size, help_heading = "Disk options")]
+    queue_size: u16,
+
+    /// Open the image without locking it, and even if another process has it locked
+    ///
+    /// The locks are those of QEMU: they keep QEMU's tools and other vhost-blk daemons from writing
+    /// to an image in use, and vhost-blk from opening an image that they write to. Two writers
+    /// destroy a file system.
+    #[arg(long, help_heading = "Disk options")]
+    no_lock: bool,
+
+    #[command(flatten)]
+    daemon: DaemonOptions,
+}
+
+/// The disk, named in one of two ways.
+#[derive(Debug, Args)]
+#[group(required = true, multiple = false)]
+struct Source {
+    /// Raw image file or block device to serve: short for --disk file:PATH
+    #[arg(long, value_name = "PATH", help_heading = "Disk options")]
+    blk_file: Option<PathBuf>,
+
+    /// Disk to serve: file:PATH, or null:SIZE for a disk without storage
+    ///
+    /// file:PATH is a raw image or a block device. A rest of the file that is less than a sector of
+    /// 512 bytes is not served.
+    ///
+    /// null:SIZE forgets what is written and reads at once, whatever was in the guest's buffer: for
+    /// measuring everything but the disk. SIZE is in bytes, or with k, M, G or T in units of 1024,
+    /// 1024², 1024³ or 1024⁴ bytes, and a multiple of 512 bytes.
+    #[arg(long, value_name = "file:PATH|null:SIZE", help_heading = "Disk options")]
+    disk: Option<DiskSpec>,
+}
+
+/// A size that a split virtqueue can have.
+fn parse_queue_size(text: &str) -> Result<u16, String> {
+    match text.parse::<u16>() {
+        Ok(size) if size.is_power_of_two() && (QUEUE_SIZE_MIN..=QUEUE_SIZE_MAX).contains(&size) => {
+            Ok(size)
+        }
+        _ => {
+            Err(format!("a queue size is a power of two from {QUEUE_SIZE_MIN} to {QUEUE_SIZE_MAX}"))
+        }
+    }
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  Serve an image on a socket that only this user can reach, and give it to QEMU:
+    vhost-blk --socket-path /run/vm1/disk.sock --blk-file disk.img
+    qemu-system-x86_64 -m 2G -object memory-backend-memfd,id=mem,size=2G,share=on \\
+      -machine q35,memory-backend=mem -chardev socket,id=disk,path=/run/vm1/disk.sock,reconnect-ms=200 \\
+      -device vhost-user-blk-pci,chardev=disk
+
+  A block device with four queues on two threads, and figures to ask for:
+    vhost-blk --socket-path /run/vm1/disk.sock --blk-file /dev/vg0/vm1 --num-queues 4 --threads 2 \\
+      --control /run/vm1/disk.ctl
+    curl --unix-socket /run/vm1/disk.ctl http://localhost/metrics
+
+  One image, read by many guests:
+    vhost-blk --socket-path /run/vm2/base.sock --blk-file base.img --read-only --serial base-12
+
+  A disk without storage, to measure all the rest:
+    vhost-blk --socket-path /tmp/null.sock --disk null:64G
+
+Exit status:
+  0  ended by SIGTERM or SIGINT after the requests in flight were done, or printed what was asked for
+  1  something could not be opened: the image, a lock on it, a socket
+  2  the command line is wrong";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse_words(words: &str) -> Result<Options, clap::Error> {
+        let line = format!("vhost-blk --socket-path s {words}");
+        parse(line.split_whitespace().map(OsString::from))
+    }
+
+    fn refused(words: &str) -> String {
+        let error = parse_words(words).expect_err(words);
+        assert_eq!(error.exit_code(), 2, "{words}");
+        error.to_string()
+    }
+
+    #[test]
+    fn definition_is_consistent() {
+        CommandLine::command().debug_assert();
+    }
+
+    #[test]
+    fn defaults_are_those_that_the_help_gives() {
+        let options = parse_words("--blk-file disk.img").unwrap();
+        assert_eq!(options.disk, DiskSpec::File("disk.img".into()));
+        assert_eq!(options.open, OpenOptions { read_only: false, lock: true });
+        assert_eq!(options.serial, Serial::default());
+        assert_eq!(options.queues, QueueLimits { count: 1, size_max: 1024 });
+    }
+
+    #[test]
+    fn every_disk_option_arrives() {
+        let options = parse_words(
+            "--disk null:1G --read-only --serial abc --num-queues 256 --queue-size 32768 --no-lock",
+        )
+        .unwrap();
+        assert_eq!(options.disk, DiskSpec::Null { len_bytes: 1 << 30 });
+        assert_eq!(options.open, OpenOptions { read_only: true, lock: false });
+        assert_eq!(options.serial, "abc".parse().unwrap());
+        assert_eq!(options.queues, QueueLimits { count: 256, size_max: 32_768 });
+    }
+
+    #[test]
+    fn blk_file_is_short_for_disk_file() {
+        let disk = |words| parse_words(words).unwrap().disk;
+        assert_eq!(disk("--blk-file /a:b"), disk("--disk file:/a:b"));
+    }
+
+    #[test]
+    fn exactly_one_disk_is_named() {
+        assert!(refused("").contains("--blk-file"));
+        assert!(refused("--blk-file a --disk null:512").contains("cannot be used with"));
+        assert!(refused("--disk null:512 --disk null:512").contains("multiple times"));
+    }
+
+    #[test]
+    fn values_out_of_range_are_refused() {
+        for wrong in [
+            "--disk null:513",
+            "--disk disk.img",
+            "--blk-file a --num-queues 0",
+            "--blk-file a --num-queues 257",
+            "--blk-file a --queue-size 0",
+            "--blk-file a --queue-size 1",
+            "--blk-file a --queue-size 1000",
+            "--blk-file a --queue-size 65536",
+            "--blk-file a --serial 123456789012345678901",
+            "--blk-file a stray",
+        ] {
+            refused(wrong);
+        }
+    }
+}

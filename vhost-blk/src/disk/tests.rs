@@ -1,0 +1,237 @@
+//! What opens as a disk, what does not, and what the operator is told.
+
+use std::fs::File;
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use rustix::fs::Mode;
+
+use super::{Disk, DiskSpec, LockError, OpenError, OpenOptions, SpecError};
+
+const WRITABLE: OpenOptions = OpenOptions { read_only: false, lock: true };
+const READ_ONLY: OpenOptions = OpenOptions { read_only: true, lock: true };
+
+fn file_of(directory: &tempfile::TempDir, len_bytes: u64) -> DiskSpec {
+    let path = directory.path().join("disk.img");
+    File::create(&path).unwrap().set_len(len_bytes).unwrap();
+    DiskSpec::File(path)
+}
+
+#[test]
+fn specs_parse() {
+    assert_eq!("file:/a:b c".parse(), Ok(DiskSpec::File("/a:b c".into())));
+    for (size, len_bytes) in [
+        ("512", 512),
+        ("1k", 1024),
+        ("1K", 1024),
+        ("2M", 2 << 20),
+        ("3G", 3 << 30),
+        ("4T", 4 << 40),
+    ] {
+        assert_eq!(format!("null:{size}").parse(), Ok(DiskSpec::Null { len_bytes }), "{size}");
+    }
+}
+
+#[test]
+fn specs_that_are_no_disk_are_refused() {
+    for spec in ["", "disk.img", "/dev/sda", "nbd:x", "File:x", "null", ":"] {
+        assert_eq!(spec.parse::<DiskSpec>(), Err(SpecError::Kind(spec.to_owned())));
+    }
+    assert_eq!("file:".parse::<DiskSpec>(), Err(SpecError::NoPath));
+    for size in [
+        "",
+        "G",
+        "-1",
+        "+512",
+        "1.5G",
+        "0x200",
+        "1 G",
+        "1g",
+        "1KiB",
+        "1GG",
+        "8388608T",
+        "99999999999999999999",
+    ] {
+        let expected = Err(SpecError::Size(size.to_owned()));
+        assert_eq!(format!("null:{size}").parse::<DiskSpec>(), expected, "{size}");
+    }
+    for (size, len_bytes) in [("0", 0), ("0G", 0), ("511", 511), ("513", 513)] {
+        assert_eq!(format!("null:{size}").parse::<DiskSpec>(), Err(SpecError::Sectors(len_bytes)));
+    }
+}
+
+#[test]
+fn file_is_a_disk_of_its_whole_sectors() {
+    let directory = tempfile::tempdir().unwrap();
+    for (len_bytes, sectors) in [(512, 1), (1023, 1), (1024, 2), ((1 << 20) + 511, 2048)] {
+        let disk = Disk::open(&file_of(&directory, len_bytes), WRITABLE).unwrap();
+        assert_eq!(disk.capacity_sectors(), sectors, "{len_bytes}");
+        assert!(disk.file().is_some() && !disk.read_only());
+    }
+}
+
+#[test]
+fn file_shorter_than_a_sector_is_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    for len_bytes in [0, 511] {
+        let refused = Disk::open(&file_of(&directory, len_bytes), WRITABLE);
+        assert!(
+            matches!(refused, Err(OpenError::TooSmall { len_bytes: told, .. }) if told == len_bytes)
+        );
+    }
+}
+
+#[test]
+fn null_disk_has_a_capacity_and_no_file() {
+    let disk = Disk::open(&DiskSpec::Null { len_bytes: 1 << 30 }, READ_ONLY).unwrap();
+    assert_eq!(disk.capacity_sectors(), 1 << 21);
+    assert!(disk.file().is_none() && disk.read_only());
+}
+
+#[test]
+fn read_only_disk_is_opened_for_reading_only() {
+    let directory = tempfile::tempdir().unwrap();
+    let disk = Disk::open(&file_of(&directory, 4096), READ_ONLY).unwrap();
+    let written = rustix::io::pwrite(disk.file().unwrap(), b"x", 0);
+    assert_eq!(written, Err(rustix::io::Errno::BADF));
+    assert!(disk.read_only());
+}
+
+#[test]
+fn descriptors_do_not_pass_to_children() {
+    let directory = tempfile::tempdir().unwrap();
+    let disk = Disk::open(&file_of(&directory, 4096), WRITABLE).unwrap();
+    let image = directory.path().canonicalize().unwrap().join("disk.img");
+    let open_in = |process: &str| {
+        let listed =
+            Command::new("ls").arg("-l").arg(format!("/proc/{process}/fd")).output().unwrap();
+        String::from_utf8_lossy(&listed.stdout)
+            .lines()
+            .filter(|line| line.ends_with(&*image.to_string_lossy()))
+            .count()
+    };
+    assert_eq!(open_in(&std::process::id().to_string()), 2, "one for I/O, one for the locks");
+    assert_eq!(open_in("self"), 0, "what ls, our child, has");
+    drop(disk);
+}
+
+#[test]
+fn what_is_no_disk_is_named() {
+    let directory = tempfile::tempdir().unwrap();
+    let pipe = directory.path().join("pipe");
+    rustix::fs::mkfifoat(rustix::fs::CWD, &pipe, Mode::RUSR | Mode::WUSR).unwrap();
+    let socket = directory.path().join("socket");
+    let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    for (path, kind) in [
+        (directory.path(), "directory"),
+        (&pipe, "named pipe"),
+        (&socket, "socket"),
+        (Path::new("/dev/null"), "character device"),
+    ] {
+        for options in [WRITABLE, READ_ONLY] {
+            let message =
+                Disk::open(&DiskSpec::File(path.to_owned()), options).unwrap_err().to_string();
+            assert_eq!(
+                message,
+                format!("{path:?} is a {kind}: a disk is a regular file or a block device")
+            );
+        }
+    }
+}
+
+#[test]
+fn missing_file_is_an_error_that_names_it() {
+    let directory = tempfile::tempdir().unwrap();
+    let missing = directory.path().join("missing.img");
+    symlink(&missing, directory.path().join("dangling")).unwrap();
+    for name in ["missing.img", "dangling"] {
+        let path = directory.path().join(name);
+        let refused = Disk::open(&DiskSpec::File(path.clone()), WRITABLE).unwrap_err();
+        assert_eq!(refused.to_string(), format!("cannot open {path:?}"));
+    }
+    assert!(!missing.exists(), "nothing is created");
+}
+
+#[test]
+fn file_that_only_reads_hints_at_read_only() {
+    let directory = tempfile::tempdir().unwrap();
+    let spec = file_of(&directory, 4096);
+    let DiskSpec::File(path) = &spec else { unreachable!("file_of makes files") };
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o400)).unwrap();
+    // The rights of root reach further than a file's mode; there, a running program is what cannot
+    // be written.
+    let busy = std::env::current_exe().unwrap();
+    let path = if rustix::process::geteuid().is_root() { &busy } else { path };
+    let refused = Disk::open(&DiskSpec::File(path.clone()), WRITABLE).unwrap_err();
+    assert!(matches!(refused, OpenError::NotWritable { .. }), "{refused:?}");
+    assert!(refused.to_string().contains("--read-only"), "{refused}");
+    Disk::open(&DiskSpec::File(path.clone()), READ_ONLY).unwrap();
+}
+
+#[test]
+fn locked_image_opens_only_without_the_lock() {
+    let directory = tempfile::tempdir().unwrap();
+    let spec = file_of(&directory, 4096);
+    let _first = Disk::open(&spec, WRITABLE).unwrap();
+    assert!(matches!(Disk::open(&spec, WRITABLE), Err(OpenError::Lock(LockError::InUse { .. }))));
+    Disk::open(&spec, OpenOptions { lock: false, ..WRITABLE }).unwrap();
+}
+
+/// A loop device over a file of 1 MiB, detached when dropped.
+struct LoopDevice {
+    path: PathBuf,
+    _directory: tempfile::TempDir,
+}
+
+impl LoopDevice {
+    /// `None`, and why on stderr, where this user or machine has no loop devices.
+    fn attach(options: &[&str]) -> Option<LoopDevice> {
+        let directory = tempfile::tempdir().unwrap();
+        let image = directory.path().join("backing.img");
+        File::create(&image).unwrap().set_len(1 << 20).unwrap();
+        match Command::new("losetup").args(["--find", "--show"]).args(options).arg(&image).output()
+        {
+            Ok(output) if output.status.success() => {
+                let path = PathBuf::from(String::from_utf8_lossy(&output.stdout).trim_end());
+                Some(LoopDevice { path, _directory: directory })
+            }
+            outcome => {
+                eprintln!("skipped: losetup attaches no loop device here: {outcome:?}");
+                None
+            }
+        }
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        let detached = Command::new("losetup").arg("--detach").arg(&self.path).status();
+        assert!(detached.is_ok_and(|status| status.success()), "{:?} is still attached", self.path);
+    }
+}
+
+#[test]
+fn block_device_is_served_with_its_own_block_size() {
+    let Some(device) = LoopDevice::attach(&["--sector-size", "4096"]) else {
+        return;
+    };
+    let spec = DiskSpec::File(device.path.clone());
+    let disk = Disk::open(&spec, WRITABLE).unwrap();
+    assert_eq!(disk.capacity_sectors(), 2048);
+    assert_eq!(disk.geometry().logical_block_bytes, 4096);
+    assert!(disk.geometry().write_zeroes.is_some());
+    assert!(matches!(Disk::open(&spec, WRITABLE), Err(OpenError::Lock(LockError::InUse { .. }))));
+}
+
+#[test]
+fn read_only_block_device_hints_at_read_only() {
+    let Some(device) = LoopDevice::attach(&["--read-only"]) else {
+        return;
+    };
+    let spec = DiskSpec::File(device.path.clone());
+    let refused = Disk::open(&spec, WRITABLE).unwrap_err();
+    let told = std::error::Error::source(&refused).map(ToString::to_string).unwrap_or_default();
+    assert!(format!("{refused} {told}").contains("--read-only"), "{refused:?}");
+    assert!(Disk::open(&spec, READ_ONLY).unwrap().read_only());
+}

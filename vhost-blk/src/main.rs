@@ -1,0 +1,35 @@
+//! `vhost-blk`: a disk as a virtio block device, served to one virtual machine over vhost-user.
+
+mod args;
+mod config;
+mod device;
+mod disk;
+mod request;
+
+use std::process::ExitCode;
+
+use common::daemon::{capabilities, serve};
+use common::device::Device;
+
+use crate::device::BlockDevice;
+use crate::disk::{Disk, OpenError};
+
+/// What `--print-capabilities` lists (vhost-user, "vhost-user-blk program conventions").
+const CAPABILITIES: &[&str] = &["blk-file", "read-only"];
+
+fn main() -> ExitCode {
+    if capabilities::requested(std::env::args_os().skip(1)) {
+        return match capabilities::print(BlockDevice::NAME, CAPABILITIES) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(_closed) => ExitCode::FAILURE,
+        };
+    }
+    let options = match args::parse(std::env::args_os()) {
+        Ok(options) => options,
+        Err(error) => error.exit(),
+    };
+    serve::run(&options.daemon, || {
+        let disk = Disk::open(&options.disk, options.open)?;
+        Ok::<_, OpenError>(BlockDevice::new(disk, options.serial, options.queues))
+    })
+}
