@@ -402,3 +402,6 @@ fn handle_config(request: Request, offset: u32, data: Vec<u8>) -> Result<Action,
         _ => Action::ReadConfig { offset, len_bytes },
     })
 }
+
+#[cfg(test)]
+mod tests;

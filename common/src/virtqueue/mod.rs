@@ -265,3 +265,6 @@ impl Virtqueue {
         self.ring_memory.is_poisoned() || self.slots.map().is_poisoned()
     }
 }
+
+#[cfg(test)]
+mod tests;

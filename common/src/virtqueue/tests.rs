@@ -1,0 +1,371 @@
+//! The device side of a ring against a driver that is written out here, store by store.
+
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use super::{
+    Chain, Notifier, RingAddresses, RingError, RingSetup, Signalled, VIRTIO_F_EVENT_IDX,
+    VIRTIO_F_INDIRECT_DESC, Virtqueue,
+};
+use crate::memory::{
+    FrontendAddress, GuestAddress, HostBuffer, MemoryMap, Region, RegionSpec, guest_file,
+};
+
+const SIZE: u16 = 8;
+const MEMORY_BYTES: u64 = 0x10000;
+const AVAILABLE: usize = 0x1000;
+const USED: usize = 0x2000;
+const DATA: u64 = 0x4000;
+
+const NEXT: u16 = 1;
+const WRITE: u16 = 2;
+const INDIRECT: u16 = 4;
+
+/// A guest of one region, whose driver does what a test says.
+struct Driver {
+    memory: Arc<MemoryMap>,
+    bytes: HostBuffer,
+    available: u16,
+}
+
+impl Driver {
+    fn new() -> Self {
+        let file = guest_file(MEMORY_BYTES);
+        let spec = RegionSpec {
+            guest: GuestAddress(0),
+            frontend: FrontendAddress(0),
+            len_bytes: MEMORY_BYTES,
+            file_offset_bytes: 0,
+        };
+        let region = Region::map(spec, file.as_fd()).expect("map");
+        let memory = Arc::new(MemoryMap::new(vec![Arc::new(region)]).expect("one region"));
+        let bytes = memory.resolve_frontend(FrontendAddress(0), MEMORY_BYTES).expect("all of it");
+        Self { memory, bytes, available: 0 }
+    }
+
+    fn queue(&self, features: u64) -> Virtqueue {
+        let addresses = RingAddresses {
+            descriptor: FrontendAddress(0),
+            available: FrontendAddress(AVAILABLE as u64),
+            used: FrontendAddress(USED as u64),
+        };
+        let (call, error) = (Notifier::default(), Notifier::default());
+        let memory = Arc::clone(&self.memory);
+        let setup =
+            RingSetup { addresses, size: SIZE, base: 0, features, memory, call, error };
+        Virtqueue::new(setup).expect("a ring in memory")
+    }
+
+    fn describe_at(&self, table: usize, index: u16, buffer: (u64, u32), flags: u16, next: u16) {
+        let at = table + 16 * usize::from(index);
+        self.bytes.store_u64(at, buffer.0);
+        self.bytes.store_u32(at + 8, buffer.1);
+        self.bytes.store_u16(at + 12, flags, Ordering::Relaxed);
+        self.bytes.store_u16(at + 14, next, Ordering::Relaxed);
+    }
+
+    fn describe(&self, index: u16, buffer: (u64, u32), flags: u16, next: u16) {
+        self.describe_at(0, index, buffer, flags, next);
+    }
+
+    fn offer(&mut self, head: u16) {
+        let entry = AVAILABLE + 4 + 2 * usize::from(self.available % SIZE);
+        self.bytes.store_u16(entry, head, Ordering::Relaxed);
+        self.available = self.available.wrapping_add(1);
+        self.bytes.store_u16(AVAILABLE + 2, self.available, Ordering::Release);
+    }
+
+    fn used_index(&self) -> u16 {
+        self.bytes.load_u16(USED + 2, Ordering::Acquire)
+    }
+
+    fn used(&self, entry: u16) -> (u32, u32) {
+        let at = USED + 4 + 8 * usize::from(entry % SIZE);
+        (self.bytes.load_u32(at), self.bytes.load_u32(at + 4))
+    }
+
+    /// Offers one chain and gives what the device makes of it.
+    fn pop(&mut self, queue: &mut Virtqueue, head: u16) -> Result<Option<Chain>, RingError> {
+        self.offer(head);
+        queue.pop(0)
+    }
+}
+
+#[test]
+fn chain_becomes_readable_then_writable_buffers() {
+    let mut driver = Driver::new();
+    let mut queue = driver.queue(0);
+    driver.describe(2, (DATA, 16), NEXT, 5);
+    driver.describe(5, (DATA + 0x100, 512), NEXT | WRITE, 3);
+    driver.describe(3, (DATA + 0x400, 1), WRITE, 0);
+    let chain = driver.pop(&mut queue, 2).expect("a good chain").expect("a chain");
+    assert_eq!(chain.slot(), 2);
+    assert_eq!(queue.readable(&chain).len_bytes(), 16);
+    assert_eq!(queue.writable(&chain).len_bytes(), 513);
+    assert_eq!(queue.writable(&chain).slice(512, 9).write(&[7, 8]), 1);
+    assert_eq!(driver.bytes.load_u16(DATA as usize + 0x400, Ordering::Relaxed), 7);
+    queue.used(chain, 513);
+    assert_eq!(driver.used_index(), 0, "nothing is seen before it is published");
+    assert_eq!(queue.publish(), Some(Signalled::Nobody));
+    assert_eq!((driver.used_index(), driver.used(0)), (1, (2, 513)));
+}
+
+#[test]
+fn indirect_table_is_walked_only_where_negotiated() {
+    for (features, good) in [(VIRTIO_F_INDIRECT_DESC, true), (0, false)] {
+        let mut driver = Driver::new();
+        let mut queue = driver.queue(features);
+        driver.describe(0, (0x3000, 32), INDIRECT, 0);
+        driver.describe_at(0x3000, 0, (DATA, 16), NEXT, 1);
+        driver.describe_at(0x3000, 1, (DATA + 16, 1), WRITE, 0);
+        match driver.pop(&mut queue, 0) {
+            Ok(Some(chain)) if good => {
+                assert_eq!(queue.readable(&chain).len_bytes(), 16);
+                queue.used(chain, 1);
+            }
+            Err(RingError::Indirect { head: 0 }) if !good => {}
+            other => panic!("{features:#x}: {other:?}"),
+        }
+    }
+}
+
+/// Each line is a chain that a driver may not make, and how it is refused.
+#[test]
+fn chains_that_may_not_be_are_refused_by_name() {
+    type Describe = fn(&Driver);
+    type Refused = fn(&RingError) -> bool;
+    let cases: &[(&str, Describe, Refused)] = &[
+        (
+            "loop",
+            |driver| {
+                driver.describe(0, (DATA, 1), NEXT, 1);
+                driver.describe(1, (DATA, 1), NEXT, 0);
+            },
+            |error| matches!(error, RingError::ChainTooLong { head: 0, limit: SIZE }),
+        ),
+        (
+            "next outside the table",
+            |driver| driver.describe(0, (DATA, 1), NEXT, SIZE),
+            |error| matches!(error, RingError::Next { next: SIZE, .. }),
+        ),
+        (
+            "buffer outside memory",
+            |driver| driver.describe(0, (MEMORY_BYTES - 1, 2), 0, 0),
+            |error| matches!(error, RingError::Buffer { .. }),
+        ),
+        (
+            "buffer that wraps",
+            |driver| driver.describe(0, (u64::MAX, 2), 0, 0),
+            |error| matches!(error, RingError::Buffer { .. }),
+        ),
+        (
+            "empty buffer",
+            |driver| driver.describe(0, (DATA, 0), 0, 0),
+            |error| matches!(error, RingError::Buffer { .. }),
+        ),
+        (
+            "readable after writable",
+            |driver| {
+                driver.describe(0, (DATA, 1), NEXT | WRITE, 1);
+                driver.describe(1, (DATA, 1), 0, 0);
+            },
+            |error| matches!(error, RingError::ReadableAfterWritable { .. }),
+        ),
+        (
+            "indirect with next",
+            |driver| driver.describe(0, (0x3000, 16), INDIRECT | NEXT, 1),
+            |error| matches!(error, RingError::Indirect { .. }),
+        ),
+        (
+            "indirect in indirect",
+            |driver| {
+                driver.describe(0, (0x3000, 16), INDIRECT, 0);
+                driver.describe_at(0x3000, 0, (0x3000, 16), INDIRECT, 0);
+            },
+            |error| matches!(error, RingError::Indirect { .. }),
+        ),
+        (
+            "indirect table of a descriptor and a half",
+            |driver| driver.describe(0, (0x3000, 24), INDIRECT, 0),
+            |error| matches!(error, RingError::IndirectLength { len_bytes: 24, .. }),
+        ),
+        (
+            "empty indirect table",
+            |driver| driver.describe(0, (0x3000, 0), INDIRECT, 0),
+            |error| matches!(error, RingError::IndirectLength { len_bytes: 0, .. }),
+        ),
+    ];
+    for (name, describe, refused) in cases {
+        let mut driver = Driver::new();
+        let mut queue = driver.queue(VIRTIO_F_INDIRECT_DESC);
+        describe(&driver);
+        let error = driver.pop(&mut queue, 0).expect_err(name);
+        assert!(refused(&error), "{name}: {error:?}");
+        assert_eq!(queue.chains_out(), 0, "{name}");
+    }
+}
+
+#[test]
+fn available_index_that_jumps_is_refused() {
+    let driver = Driver::new();
+    let mut queue = driver.queue(0);
+    driver.bytes.store_u16(AVAILABLE + 2, SIZE + 1, Ordering::Release);
+    assert!(matches!(queue.pop(0), Err(RingError::IndexJump { index: 9, next: 0, size: 8 })));
+}
+
+#[test]
+fn head_outside_the_table_or_offered_twice_is_refused() {
+    let mut driver = Driver::new();
+    let mut queue = driver.queue(0);
+    driver.describe(1, (DATA, 1), 0, 0);
+    let chain = driver.pop(&mut queue, 1).expect("good").expect("a chain");
+    assert!(matches!(driver.pop(&mut queue, 1), Err(RingError::HeadInUse { head: 1 })));
+    assert!(matches!(driver.pop(&mut queue, SIZE), Err(RingError::Head { head: SIZE, .. })));
+    queue.used(chain, 0);
+}
+
+#[test]
+fn broken_ring_gives_no_chains_and_ends_those_that_are_out() {
+    let mut driver = Driver::new();
+    let mut queue = driver.queue(0);
+    driver.describe(1, (DATA, 1), 0, 0);
+    let chain = driver.pop(&mut queue, 1).expect("good").expect("a chain");
+    queue.break_off();
+    driver.offer(1);
+    assert!(matches!(queue.pop(0), Ok(None)));
+    queue.used(chain, 0);
+    queue.publish();
+    assert_eq!(driver.used_index(), 1);
+}
+
+#[test]
+fn retracted_chains_are_popped_again_in_their_order() {
+    let mut driver = Driver::new();
+    let mut queue = driver.queue(0);
+    for head in 0..3 {
+        driver.describe(head, (DATA, 1), 0, 0);
+        driver.offer(head);
+    }
+    let mut chains: Vec<Chain> = std::iter::from_fn(|| queue.pop(0).expect("good")).collect();
+    assert_eq!(queue.next_available(), 3);
+    while chains.len() > 1 {
+        queue.retract(chains.pop().expect("the newest"));
+    }
+    assert_eq!((queue.next_available(), queue.chains_out()), (1, 1));
+    queue.used(chains.remove(0), 0);
+    for expected in [1, 2] {
+        let chain = queue.pop(0).expect("good").expect("a chain");
+        assert_eq!(chain.slot(), expected);
+        queue.used(chain, 0);
+    }
+}
+
+#[test]
+fn driver_is_called_past_its_event_index_only() {
+    let mut driver = Driver::new();
+    let mut queue = driver.queue(VIRTIO_F_EVENT_IDX);
+    let used_event = AVAILABLE + 4 + 2 * usize::from(SIZE);
+    driver.bytes.store_u16(used_event, 1, Ordering::Relaxed);
+    driver.describe(0, (DATA, 1), 0, 0);
+    let mut calls = Vec::new();
+    for _ in 0..3 {
+        let chain = driver.pop(&mut queue, 0).expect("good").expect("a chain");
+        queue.used(chain, 0);
+        calls.push(queue.publish().is_some());
+    }
+    assert_eq!(calls, [false, true, false]);
+    assert_eq!(queue.publish(), None, "nothing new is nothing to tell");
+}
+
+#[test]
+fn driver_that_wants_no_interrupts_gets_none() {
+    let mut driver = Driver::new();
+    let mut queue = driver.queue(0);
+    driver.bytes.store_u16(AVAILABLE, 1, Ordering::Relaxed);
+    driver.describe(0, (DATA, 1), 0, 0);
+    let chain = driver.pop(&mut queue, 0).expect("good").expect("a chain");
+    queue.used(chain, 0);
+    assert_eq!(queue.publish(), None);
+    assert_eq!(driver.used_index(), 1);
+}
+
+#[test]
+fn kick_is_asked_for_where_the_driver_looks() {
+    let mut driver = Driver::new();
+    let mut with_index = driver.queue(VIRTIO_F_EVENT_IDX);
+    driver.describe(0, (DATA, 1), 0, 0);
+    let chain = driver.pop(&mut with_index, 0).expect("good").expect("a chain");
+    assert!(!with_index.request_kick().expect("good"));
+    let available_event = USED + 4 + 8 * usize::from(SIZE);
+    assert_eq!(driver.bytes.load_u16(available_event, Ordering::Relaxed), 1);
+    driver.offer(0);
+    assert!(with_index.request_kick().expect("good"), "a chain came in between");
+    with_index.used(chain, 0);
+
+    let driver = Driver::new();
+    let mut with_flag = driver.queue(0);
+    with_flag.suppress_kicks();
+    assert_eq!(driver.bytes.load_u16(USED, Ordering::Relaxed), 1);
+    assert!(!with_flag.request_kick().expect("good"));
+    assert_eq!(driver.bytes.load_u16(USED, Ordering::Relaxed), 0);
+}
+
+#[test]
+fn chain_keeps_its_memory_when_the_map_is_replaced() {
+    let mut driver = Driver::new();
+    let mut queue = driver.queue(0);
+    driver.describe(0, (DATA, 8), WRITE, 0);
+    let chain = driver.pop(&mut queue, 0).expect("good").expect("a chain");
+    let old = Arc::downgrade(&driver.memory);
+    let new = Driver::new();
+    queue.set_memory(Arc::clone(&new.memory)).expect("the ring is there as well");
+    drop(driver);
+    assert!(old.upgrade().is_some() && !queue.is_settled());
+    assert_eq!(queue.writable(&chain).write(&[1; 8]), 8);
+    queue.used(chain, 8);
+    queue.publish();
+    assert!(queue.is_settled() && old.upgrade().is_none());
+    assert_eq!(new.used_index(), 1);
+}
+
+#[test]
+fn ring_that_a_new_map_lacks_writes_to_the_old_one() {
+    let mut driver = Driver::new();
+    let mut queue = driver.queue(0);
+    driver.describe(0, (DATA, 8), WRITE, 0);
+    let chain = driver.pop(&mut queue, 0).expect("good").expect("a chain");
+    let moved = queue.set_memory(Arc::new(MemoryMap::empty()));
+    assert!(matches!(moved, Err(RingError::Unmapped { area: "descriptor table", .. })));
+    queue.used(chain, 8);
+    queue.publish();
+    assert_eq!(driver.used_index(), 1);
+}
+
+#[test]
+fn ring_goes_on_from_its_base() {
+    let mut driver = Driver::new();
+    driver.available = u16::MAX;
+    driver.bytes.store_u16(USED + 2, u16::MAX, Ordering::Relaxed);
+    let addresses = RingAddresses {
+        descriptor: FrontendAddress(0),
+        available: FrontendAddress(AVAILABLE as u64),
+        used: FrontendAddress(USED as u64),
+    };
+    let mut queue = Virtqueue::new(RingSetup {
+        addresses,
+        size: SIZE,
+        base: u16::MAX,
+        features: 0,
+        memory: Arc::clone(&driver.memory),
+        call: Notifier::default(),
+        error: Notifier::default(),
+    })
+    .expect("a ring");
+    driver.describe(4, (DATA, 1), 0, 0);
+    let chain = driver.pop(&mut queue, 4).expect("good").expect("a chain");
+    queue.used(chain, 3);
+    queue.publish();
+    assert_eq!((driver.used_index(), driver.used(u16::MAX)), (0, (4, 3)));
+    assert_eq!(queue.next_available(), 0);
+}
