@@ -142,6 +142,8 @@ pub(crate) struct Turn {
     pub(crate) budget: u32,
     /// The budget ended before the chains did: come back without a kick.
     pub(crate) more: bool,
+    /// The device wants a chain and there is none: a kick is wanted.
+    pub(crate) dry: bool,
     /// Operations that have not ended.
     pub(crate) operations: u32,
     /// The ring takes no more chains: it is being stopped.
@@ -165,30 +167,15 @@ impl QueueIo<'_> {
             self.state.more = true;
             return None;
         }
-        match self.next() {
+        match self.ring.pop(self.state.now_ns) {
             Ok(Some(chain)) => {
                 self.state.budget -= 1;
-                Some(chain)
+                return Some(chain);
             }
-            Ok(None) => None,
-            Err(fault) => {
-                self.break_off(fault);
-                None
-            }
+            Ok(None) => self.state.dry = true,
+            Err(fault) => self.break_off(fault),
         }
-    }
-
-    /// Pops; when the ring is dry, asks for a kick and looks once more.
-    fn next(&mut self) -> Result<Option<Chain>, RingError> {
-        loop {
-            if let Some(chain) = self.ring.pop(self.state.now_ns)? {
-                return Ok(Some(chain));
-            }
-            if !self.ring.request_kick()? {
-                return Ok(None);
-            }
-            self.ring.suppress_kicks();
-        }
+        None
     }
 
     /// The driver broke the ring's rules: it gives no more chains.

@@ -8,6 +8,7 @@
 
 mod mailbox;
 mod ring;
+mod spin;
 
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
@@ -18,6 +19,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use self::mailbox::Mailbox;
 use self::ring::{ActiveRing, Notice};
+use self::spin::Spin;
 use crate::device::{Device, HostFault};
 use crate::engine::{Completion, EngineError, Event, Subject, Uring, Wait};
 use crate::memory::MemoryMap;
@@ -255,6 +257,7 @@ impl<D: Device> Worker<D> {
     fn turns(&mut self) -> std::io::Result<()> {
         self.engine.watch(Subject::Mail, self.mailbox.bell())?;
         let mut events = Vec::with_capacity(256);
+        let mut spin = Spin::default();
         let mut idle = Duration::ZERO;
         loop {
             let now_ns = self.now_ns();
@@ -268,9 +271,38 @@ impl<D: Device> Worker<D> {
                 popped |= ring.process(now_ns, &mut self.engine);
             }
             self.close_turn()?;
-            let wait = self.how_long(popped, &mut idle);
-            self.engine.turn(wait, &mut events)?;
+            match self.how_long(popped, &mut idle) {
+                Wait::Forever => self.rest(&mut spin, &mut events)?,
+                wait => self.engine.turn(wait, &mut events)?,
+            }
         }
+    }
+
+    /// Waits for the next thing to happen: looks for it while that is likely to pay, then sleeps.
+    fn rest(&mut self, spin: &mut Spin, events: &mut Vec<Event>) -> std::io::Result<()> {
+        if spin.is_worth_it() {
+            self.engine.send()?;
+            let Self { engine, rings, .. } = self;
+            let found = spin.look(|| {
+                let chains = rings.iter_mut().flatten().filter(|ring| ring.has_chains());
+                let waiting = chains.map(ActiveRing::look).count() > 0;
+                waiting || engine.has_events()
+            });
+            if found && !self.engine.has_events() {
+                return Ok(());
+            }
+            if found {
+                return self.engine.turn(Wait::No, events);
+            }
+        }
+        self.rings.iter_mut().flatten().for_each(ActiveRing::arm);
+        if self.rings.iter().flatten().any(ActiveRing::is_runnable) {
+            return self.engine.turn(Wait::No, events);
+        }
+        let asleep = Instant::now();
+        self.engine.turn(Wait::Forever, events)?;
+        spin.slept(asleep.elapsed());
+        Ok(())
     }
 
     fn now_ns(&self) -> u64 {

@@ -151,11 +151,9 @@ impl BlockQueue {
         let step = match request {
             Request::Read { .. } | Request::Write { .. } => Step::Transfer,
             Request::Flush => Step::Sync,
-            Request::Discard | Request::WriteZeroes => Step::Zero {
-                segment: 0,
-                from: 0,
-                zeroing: first_choice(request, segments.first()),
-            },
+            Request::Discard | Request::WriteZeroes => {
+                Step::Zero { segment: 0, from: 0, zeroing: first_choice(request, segments.first()) }
+            }
             Request::GetId => {
                 io.writable(&chain).slice(0, room_bytes).write(self.serial.bytes());
                 return answer(chain, Status::Ok, (Kind::GetId, 0), io);
@@ -221,7 +219,8 @@ impl BlockQueue {
             }
             (Step::Zero { segment, from, zeroing }, Ok(bytes)) => {
                 let range = segments[segment];
-                let step = if zeroing == Zeroing::Write { u64::from(bytes) } else { range.len_bytes };
+                let step =
+                    if zeroing == Zeroing::Write { u64::from(bytes) } else { range.len_bytes };
                 work.done += step;
                 let from = from + step;
                 work.step = if from < range.len_bytes && step > 0 {

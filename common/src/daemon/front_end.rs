@@ -16,9 +16,7 @@ use super::log::RateLimit;
 use crate::device::Device;
 use crate::memory::{MapError, MemoryMap, Region};
 use crate::metrics::Metrics;
-use crate::protocol::{
-    Answer, BackendChannel, Connection, Message, ReceiveError, Request, table,
-};
+use crate::protocol::{Answer, BackendChannel, Connection, Message, ReceiveError, Request, table};
 use crate::session::{Action, Fault, MemorySlot, Offer, Ring, Session};
 use crate::virtqueue::{Kick, Notifier, RingError, RingSetup, Virtqueue};
 use crate::worker::{RingStart, WorkerEvent, Workers};
@@ -175,10 +173,7 @@ impl<'a, D: Device> FrontEnd<'a, D> {
         Ok(())
     }
 
-    async fn receive(
-        &mut self,
-        message: Result<Option<Message>, ReceiveError>,
-    ) -> Result<(), End> {
+    async fn receive(&mut self, message: Result<Option<Message>, ReceiveError>) -> Result<(), End> {
         let message = match message {
             Ok(Some(message)) => message,
             Ok(None) => return Err(End::HangUp),

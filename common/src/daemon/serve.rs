@@ -105,7 +105,6 @@ impl Signals {
 }
 
 impl Termination {
-
     async fn requested(&mut self) {
         tokio::select! {
             _ = self.term.recv() => {}
@@ -196,9 +195,8 @@ impl<D: Device> Daemon<D> {
         daemon.sessions.add(1);
         // What workers said of the last session is no business of this one.
         while self.events.try_recv().is_ok() {}
-        let mut front_end =
-            FrontEnd::new(stream, &*self.device, &mut self.workers, &self.metrics)
-                .map_err(Failure::Socket)?;
+        let mut front_end = FrontEnd::new(stream, &*self.device, &mut self.workers, &self.metrics)
+            .map_err(Failure::Socket)?;
         let end = tokio::select! {
             end = front_end.serve(&mut self.events, refresh) => Some(end),
             () = termination.requested() => None,

@@ -152,6 +152,19 @@ impl Uring {
         self.push(Subject::CalledOff, opcode::PollRemove::new(subject.encode()).build())
     }
 
+    /// Whether a turn would bring something: a look at shared memory, not a system call.
+    pub(crate) fn has_events(&mut self) -> bool {
+        !self.ring.completion().is_empty() || self.ring.submission().taskrun()
+    }
+
+    /// Hands what is queued to the kernel, if anything is, and waits for nothing.
+    ///
+    /// # Errors
+    /// The kernel refused the submissions.
+    pub(crate) fn send(&mut self) -> io::Result<()> {
+        self.flush()
+    }
+
     /// Hands everything queued to the kernel, waits, and appends what has completed to `events`.
     ///
     /// # Errors
@@ -274,8 +287,8 @@ fn set_up() -> io::Result<IoUring> {
     let mut builder = IoUring::builder();
     builder.setup_cqsize(COMPLETIONS);
     let attempts = [
-        builder.clone().setup_single_issuer().setup_defer_taskrun().clone(),
-        builder.clone().setup_coop_taskrun().clone(),
+        builder.clone().setup_single_issuer().setup_defer_taskrun().setup_taskrun_flag().clone(),
+        builder.clone().setup_coop_taskrun().setup_taskrun_flag().clone(),
         builder,
     ];
     let mut last = io::Error::from(io::ErrorKind::Unsupported);

@@ -22,8 +22,8 @@ use crate::protocol::{
 };
 use crate::virtqueue::RING_FEATURES;
 
-pub use self::vring::{Ring, RingFault};
 use self::vring::Vring;
+pub use self::vring::{Ring, RingFault};
 
 /// Regions of guest memory that a front end may have at a time: as many as QEMU's memory slots
 /// (KVM has 509 that are not its own).
@@ -283,11 +283,7 @@ impl Session {
         })
     }
 
-    fn replace_memory(
-        &self,
-        specs: Vec<RegionSpec>,
-        fds: Vec<OwnedFd>,
-    ) -> Result<Action, Fault> {
+    fn replace_memory(&self, specs: Vec<RegionSpec>, fds: Vec<OwnedFd>) -> Result<Action, Fault> {
         let files = fds.into_iter().map(Arc::new);
         let slots = specs.into_iter().zip(files).map(|(spec, file)| MemorySlot { spec, file });
         Ok(Action::Memory(slots.collect()))

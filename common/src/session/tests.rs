@@ -112,9 +112,7 @@ fn running_ring_keeps_its_shape_and_takes_another_kick() {
     send(&mut session, Request::SetVringEnable, state(0, 1)).expect("enable");
     describe(&mut session);
     session.ring_started(0);
-    let running = |done| {
-        matches!(done, Err(Fault::Ring { source: RingFault::Running, .. }))
-    };
+    let running = |done| matches!(done, Err(Fault::Ring { source: RingFault::Running, .. }));
     assert!(running(send(&mut session, Request::SetVringNum, state(0, 64))));
     assert!(running(send(&mut session, Request::SetVringBase, state(0, 0))));
     assert!(running(send(&mut session, Request::SetVringAddr, addresses(0x4000))));

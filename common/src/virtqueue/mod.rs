@@ -216,6 +216,11 @@ impl Virtqueue {
         if self.broken { Ok(false) } else { self.ring.request_kick() }
     }
 
+    /// Whether the driver seems to have made chains available.
+    pub(crate) fn has_available(&self) -> bool {
+        !self.broken && self.ring.has_available()
+    }
+
     /// Marks the ring broken and signals its error descriptor.
     pub(crate) fn break_off(&mut self) {
         self.broken = true;

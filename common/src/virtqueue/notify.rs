@@ -49,7 +49,8 @@ impl Kick {
             let mut scrap = [0; 512];
             while is_ready(fd, PollFlags::IN)
                 && rustix::io::read(fd, &mut scrap).is_ok_and(|read| read == scrap.len())
-            {}
+            {
+            }
         }
     }
 }

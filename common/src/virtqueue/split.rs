@@ -89,8 +89,7 @@ impl SplitRing {
 
     /// Finds the ring's areas anew in another memory map; the indexes stay.
     pub(super) fn relocate(&mut self, memory: &MemoryMap) -> Result<(), RingError> {
-        (self.descriptors, self.available, self.used) =
-            areas(self.addresses, self.size, memory)?;
+        (self.descriptors, self.available, self.used) = areas(self.addresses, self.size, memory)?;
         Ok(())
     }
 
@@ -127,6 +126,11 @@ impl SplitRing {
         self.next_available = self.next_available.wrapping_sub(1);
     }
 
+    /// Whether the driver's index has moved on: a hint, for who does not sleep.
+    pub(super) fn has_available(&self) -> bool {
+        self.available.load_u16(INDEX, Ordering::Relaxed) != self.next_available
+    }
+
     /// Loads the driver's index; true when there is something to take.
     fn look(&mut self) -> Result<bool, RingError> {
         // Acquire pairs with the driver's write barrier between filling an entry and raising idx
@@ -134,11 +138,7 @@ impl SplitRing {
         let index = self.available.load_u16(INDEX, Ordering::Acquire);
         let ahead = index.wrapping_sub(self.next_available);
         if ahead > self.size {
-            return Err(RingError::IndexJump {
-                index,
-                next: self.next_available,
-                size: self.size,
-            });
+            return Err(RingError::IndexJump { index, next: self.next_available, size: self.size });
         }
         self.seen_available = index;
         Ok(ahead != 0)

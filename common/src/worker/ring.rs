@@ -22,6 +22,8 @@ pub(super) struct ActiveRing<Q> {
     watched: bool,
     /// There may be chains to pop.
     runnable: bool,
+    /// The driver was asked for a kick, and has not been told since that none is needed.
+    armed: bool,
     /// Somebody waits for the ring to have stopped, and for its base.
     stopped: Option<oneshot::Sender<u16>>,
     /// Somebody waits until no chain refers to a replaced memory map.
@@ -59,6 +61,7 @@ impl<Q: DeviceQueue> ActiveRing<Q> {
             index,
             watched: false,
             runnable: true,
+            armed: false,
             stopped: None,
             settled: Vec::new(),
             poison_told: false,
@@ -119,11 +122,37 @@ impl<Q: DeviceQueue> ActiveRing<Q> {
         self.runnable = false;
         self.turn.now_ns = now_ns;
         self.turn.budget = MAX_CHAINS_PER_TURN;
-        self.turn.more = false;
+        (self.turn.more, self.turn.dry, self.armed) = (false, false, false);
         self.ring.suppress_kicks();
         self.with_queue(engine, |queue, io| queue.process(io));
         self.runnable = self.turn.more;
         self.turn.budget != MAX_CHAINS_PER_TURN
+    }
+
+    /// Whether the driver seems to have made a chain available that the device waits for.
+    pub(super) fn has_chains(&self) -> bool {
+        self.turn.dry && self.stopped.is_none() && self.ring.has_available()
+    }
+
+    /// Before the worker sleeps: asks the driver for a kick if the device waits for a chain. The
+    /// ring is runnable when one has come meanwhile, or when it turned out to be broken.
+    pub(super) fn arm(&mut self) {
+        if !self.turn.dry || self.armed || self.stopped.is_some() {
+            return;
+        }
+        match self.ring.request_kick() {
+            Ok(waiting) => (self.armed, self.runnable) = (!waiting, waiting),
+            Err(fault) => {
+                self.break_off(fault);
+                self.runnable = true;
+            }
+        }
+    }
+
+    fn break_off(&mut self, fault: RingError) {
+        self.ring.break_off();
+        self.metrics.broken.add(1);
+        self.turn.fault = Some(fault);
     }
 
     /// Gives the device a completion.
@@ -220,9 +249,7 @@ impl<Q: DeviceQueue> ActiveRing<Q> {
     /// Uses another memory map; `settled` is told once no chain refers to an older one.
     pub(super) fn set_memory(&mut self, memory: Arc<MemoryMap>, settled: oneshot::Sender<()>) {
         if let Err(fault) = self.ring.set_memory(memory) {
-            self.ring.break_off();
-            self.metrics.broken.add(1);
-            self.turn.fault = Some(fault);
+            self.break_off(fault);
         }
         self.poison_told = false;
         self.runnable = self.stopped.is_none();
