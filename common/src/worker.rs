@@ -249,7 +249,7 @@ struct Worker<D: Device> {
 impl<D: Device> Worker<D> {
     fn run(mut self) {
         if let Err(fault) = self.turns() {
-            self.tell(WorkerEvent::EngineFailed(fault));
+            tell(&self.events, WorkerEvent::EngineFailed(fault));
         }
     }
 
@@ -322,7 +322,7 @@ impl<D: Device> Worker<D> {
                 if let Some(ring) = &mut self.rings[usize::from(queue)] {
                     let notice = ring.kicked(event.outcome(), event.more, &mut self.engine)?;
                     if let Some(notice) = notice {
-                        self.tell(notice.of(queue));
+                        tell(&self.events, notice.of(queue));
                     }
                 }
             }
@@ -332,7 +332,12 @@ impl<D: Device> Worker<D> {
                 }
                 return self.read_mail();
             }
-            Subject::CalledOff => {}
+            Subject::CalledOff { queue } => {
+                let missed = event.outcome() == Err(rustix::io::Errno::ALREADY);
+                if let (true, Some(ring)) = (missed, &mut self.rings[usize::from(queue)]) {
+                    ring.unwatch(&mut self.engine)?;
+                }
+            }
         }
         Ok(true)
     }
@@ -374,15 +379,13 @@ impl<D: Device> Worker<D> {
                 return Err(fault);
             }
             ring.settle();
-            let queue = ring.index();
-            let notice = ring.notice();
+            while let Some(notice) = ring.notice() {
+                tell(&self.events, notice.of(ring.index()));
+            }
             if ring.has_stopped()
                 && let Some(ring) = self.rings[index].take()
             {
                 ring.end();
-            }
-            if let Some(notice) = notice {
-                self.tell(notice.of(queue));
             }
         }
         Ok(())
@@ -402,14 +405,14 @@ impl<D: Device> Worker<D> {
         }
         wait
     }
+}
 
-    /// Never waits: the control plane may itself be waiting for this worker.
-    fn tell(&self, event: WorkerEvent) {
-        let only_logged = matches!(event, WorkerEvent::HostFault { .. });
-        if !only_logged || self.events.capacity() > EVENT_BACKLOG / 2 {
-            // Where the backlog is full the event is lost, the counters are not.
-            let _ = self.events.try_send(event);
-        }
+/// Never waits: the control plane may itself be waiting for this worker.
+fn tell(events: &mpsc::Sender<WorkerEvent>, event: WorkerEvent) {
+    let only_logged = matches!(event, WorkerEvent::HostFault { .. });
+    if !only_logged || events.capacity() > EVENT_BACKLOG / 2 {
+        // Where the backlog is full the event is lost, the counters are not.
+        let _ = events.try_send(event);
     }
 }
 

@@ -146,7 +146,7 @@ impl BlockQueue {
         let parsed = Request::parse(io.readable(&chain), room_bytes, &self.disk, segments);
         let request = match parsed {
             Ok(request) => request,
-            Err(refusal) => return answer(chain, refusal.status, (refusal.kind, 0), io),
+            Err(refusal) => return answer(chain, refusal.status, Moved::none(refusal.kind), io),
         };
         let step = match request {
             Request::Read { .. } | Request::Write { .. } => Step::Transfer,
@@ -155,8 +155,9 @@ impl BlockQueue {
                 Step::Zero { segment: 0, from: 0, zeroing: first_choice(request, segments.first()) }
             }
             Request::GetId => {
-                io.writable(&chain).slice(0, room_bytes).write(self.serial.bytes());
-                return answer(chain, Status::Ok, (Kind::GetId, 0), io);
+                let id = io.writable(&chain).slice(0, room_bytes).write(self.serial.bytes());
+                let moved = Moved { filled: id, ..Moved::none(Kind::GetId) };
+                return answer(chain, Status::Ok, moved, io);
             }
         };
         let len_bytes = match request {
@@ -264,7 +265,12 @@ impl BlockQueue {
                 Status::IoError
             }
         };
-        answer(work.chain, status, (kind, work.done), io);
+        let filled = match work.request {
+            // A disk without a file leaves the guest's buffers as they were.
+            Request::Read { .. } if self.disk.file().is_some() => work.done as usize,
+            _ => 0,
+        };
+        answer(work.chain, status, Moved { kind, bytes: work.done, filled }, io);
     }
 }
 
@@ -275,19 +281,31 @@ fn first_choice(request: Request, segment: Option<&Segment>) -> Zeroing {
     if request == Request::Discard || unmap { Zeroing::Deallocate } else { Zeroing::Keep }
 }
 
+/// What an answered request has done.
+struct Moved {
+    kind: Kind,
+    /// Bytes of data moved, which are counted if it succeeded.
+    bytes: u64,
+    /// Bytes written to the chain, from its first writable one on, before the status.
+    filled: usize,
+}
+
+impl Moved {
+    fn none(kind: Kind) -> Self {
+        Self { kind, bytes: 0, filled: 0 }
+    }
+}
+
 /// Writes the status byte and gives the chain back.
-fn answer(chain: Chain, status: Status, counted: (Kind, u64), io: &mut QueueIo<'_>) {
-    let (kind, bytes) = counted;
+fn answer(chain: Chain, status: Status, moved: Moved, io: &mut QueueIo<'_>) {
     let room = io.writable(&chain);
     let status_at = room.len_bytes() - 1;
     room.slice(status_at, 1).write(&[status as u8]);
+    // VIRTIO 1.3, 2.7.8.2: the device MUST write at least `len` bytes from the first writable one
+    // on, so the status counts only where nothing before it was left out.
+    let written = if moved.filled == status_at { status_at + 1 } else { moved.filled };
     let failed = status != Status::Ok;
-    // VIRTIO 1.3, 2.7.8.2: the used length counts bytes written; after a failed read only the
-    // status is known to be.
-    let written = match kind {
-        Kind::Read | Kind::GetId if !failed => status_at + 1,
-        _ => 1,
-    };
-    let account = Account { kind: kind as usize, bytes: if failed { 0 } else { bytes }, failed };
+    let bytes = if failed { 0 } else { moved.bytes };
+    let account = Account { kind: moved.kind as usize, bytes, failed };
     io.finish(chain, u32::try_from(written).unwrap_or(u32::MAX), account);
 }

@@ -11,6 +11,14 @@
 //! answer is dropped. Access is by the socket file's mode alone: who can connect may ask
 //! everything.
 
+#![deny(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::arithmetic_side_effects,
+    clippy::panic
+)]
+
 use std::convert::Infallible;
 use std::io;
 use std::rc::Rc;
@@ -185,7 +193,7 @@ impl Client {
     /// it has no end.
     async fn read_line(&mut self, limit: usize) -> io::Result<Line> {
         let mut line = Vec::new();
-        let limit_with_end = limit as u64 + 1;
+        let limit_with_end = (limit as u64).saturating_add(1);
         (&mut self.stream).take(limit_with_end).read_until(b'\n', &mut line).await?;
         if line.last() == Some(&b'\n') {
             line.pop();
@@ -317,6 +325,7 @@ mod tests {
     }
 
     async fn with_server(client: impl AsyncFnOnce(PathBuf)) {
+        // tidy(sleep): a time limit, not a wait.
         let patience = tokio::time::sleep(PATIENCE);
         with_server_of("metrics\n# EOF\n".to_owned(), patience, client).await;
     }
@@ -447,6 +456,7 @@ mod tests {
             stream.write_all(b"GET /metrics HTTP/1.1\r\n\r\n").await.unwrap();
             // The clock stands still while anybody has something to do, then jumps to the server's
             // timeout first.
+            // tidy(sleep): on a paused clock.
             tokio::time::sleep(super::REPLY_TIMEOUT * 2).await;
             let mut response = Vec::new();
             stream.read_to_end(&mut response).await.unwrap();

@@ -2,11 +2,13 @@
 
 use std::convert::Infallible;
 use std::error::Error;
+use std::os::unix::net::UnixStream as StdStream;
 use std::process::ExitCode;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::sockopt::socket_peercred;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -156,19 +158,24 @@ impl<D: Device> Daemon<D> {
     ) -> Result<(), Failure> {
         notify::ready("waiting for a front end");
         info!("waiting for a front end");
+        let mut next = None;
         loop {
-            let accepted = tokio::select! {
-                accepted = listener.accept() => accepted,
-                () = signals.termination.requested() => return Ok(()),
-                _ = signals.refresh.recv() => {
-                    self.device.refresh();
-                    continue;
-                }
+            let accepted = match next.take() {
+                Some(stream) => Ok(stream),
+                None => tokio::select! {
+                    accepted = listener.accept() => accepted.and_then(|(new, _)| new.into_std()),
+                    () = signals.termination.requested() => return Ok(()),
+                    _ = signals.refresh.recv() => {
+                        self.device.refresh();
+                        continue;
+                    }
+                },
             };
-            match accepted.and_then(|(stream, _)| stream.into_std()) {
+            match accepted {
                 Ok(stream) => {
                     notify::status("serving a front end");
-                    if self.serve_one(stream, Some(listener), signals).await? == Then::Exit {
+                    let others = Some((listener, &mut next));
+                    if self.serve_one(stream, others, signals).await? == Then::Exit {
                         return Ok(());
                     }
                     notify::status("waiting for a front end");
@@ -181,51 +188,44 @@ impl<D: Device> Daemon<D> {
         }
     }
 
-    /// Serves one front end until it hangs up or is in the wrong, then drains.
+    /// Serves one front end until it hangs up or is in the wrong, then drains. Of `others` that
+    /// connect meanwhile, the one that comes when this one has hung up is the next.
     async fn serve_one(
         &mut self,
-        stream: std::os::unix::net::UnixStream,
-        listener: Option<&UnixListener>,
+        stream: StdStream,
+        others: Option<(&UnixListener, &mut Option<StdStream>)>,
         signals: &mut Signals,
     ) -> Result<Then, Failure> {
         let Signals { termination, refresh } = signals;
         let pid = socket_peercred(&stream).map_or(0, |peer| peer.pid.as_raw_nonzero().get());
         info!(pid, "front end connected");
-        let daemon = &self.metrics.daemon;
-        daemon.sessions.add(1);
+        self.metrics.daemon.sessions.add(1);
         // What workers said of the last session is no business of this one.
         while self.events.try_recv().is_ok() {}
+        let current = stream.try_clone().map_err(Failure::Socket)?;
         let mut front_end = FrontEnd::new(stream, &*self.device, &mut self.workers, &self.metrics)
             .map_err(Failure::Socket)?;
         let end = tokio::select! {
             end = front_end.serve(&mut self.events, refresh) => Some(end),
             () = termination.requested() => None,
-            never = refuse_others(listener, &self.metrics) => match never {},
+            never = turn_away(others, &current, &self.metrics) => match never {},
         };
-        match &end {
+        // Whoever connects from here on waits until this session is drained.
+        match end {
             Some(End::HangUp) => info!("front end hung up"),
-            Some(End::Engine(_)) => {}
+            // An engine that failed will not end what is in flight.
+            Some(End::Engine(error)) => return Err(Failure::Engine(error)),
             Some(end) => {
-                daemon.broken_sessions.add(1);
-                warn!("session ended: {}", chain(end));
+                self.metrics.daemon.broken_sessions.add(1);
+                warn!("session ended: {}", chain(&end));
             }
-            None => info!("told to end"),
-        }
-        let then = if end.is_some() { Then::Next } else { Then::Exit };
-        // An engine that failed will not end what is in flight.
-        if let Some(End::Engine(error)) = end {
-            return Err(Failure::Engine(error));
-        }
-        let drained = async {
-            tokio::select! {
-                () = front_end.drain() => {}
-                never = refuse_others(listener, &self.metrics) => match never {},
+            None => {
+                info!("told to end");
+                give_up_after(DRAIN_MAX, front_end.drain()).await;
+                return Ok(Then::Exit);
             }
-        };
-        if then == Then::Exit {
-            give_up_after(DRAIN_MAX, drained).await;
-            return Ok(Then::Exit);
         }
+        let drained = front_end.drain();
         tokio::pin!(drained);
         tokio::select! {
             () = &mut drained => Ok(Then::Next),
@@ -253,12 +253,21 @@ async fn give_up_after(limit: Duration, drained: impl Future<Output = ()>) {
     }
 }
 
-/// Turns away whoever connects while a front end is being served: one at a time. They see the end
-/// of the connection at once, instead of waiting for nobody knows how long.
-async fn refuse_others(listener: Option<&UnixListener>, metrics: &Metrics) -> Infallible {
-    let Some(listener) = listener else { return std::future::pending().await };
+/// Turns away who connects while a front end is being served: one at a time. They see the end of
+/// the connection at once, instead of waiting for nobody knows how long. But who comes when
+/// `current` has hung up, of which its session may not have heard yet, is let in next.
+async fn turn_away(
+    others: Option<(&UnixListener, &mut Option<StdStream>)>,
+    current: &StdStream,
+    metrics: &Metrics,
+) -> Infallible {
+    let Some((listener, next)) = others else { return std::future::pending().await };
     loop {
         match listener.accept().await {
+            Ok((stream, _)) if has_hung_up(current) => {
+                *next = stream.into_std().ok();
+                return std::future::pending().await;
+            }
             Ok((stream, _)) => refuse(&stream, metrics),
             Err(error) => {
                 warn!(%error, "a further front end cannot be refused");
@@ -266,6 +275,11 @@ async fn refuse_others(listener: Option<&UnixListener>, metrics: &Metrics) -> In
             }
         }
     }
+}
+
+fn has_hung_up(stream: &StdStream) -> bool {
+    let mut fds = [PollFd::new(stream, PollFlags::RDHUP)];
+    poll(&mut fds, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
 }
 
 fn refuse(stream: &UnixStream, metrics: &Metrics) {

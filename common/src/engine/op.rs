@@ -95,8 +95,11 @@ pub(crate) enum Subject {
     },
     /// There is mail for the worker.
     Mail,
-    /// A watch was called off; its own last event comes separately.
-    CalledOff,
+    /// The watch of a queue's kick was called off; its own last event comes separately.
+    CalledOff {
+        /// The queue's place on its worker.
+        queue: u16,
+    },
 }
 
 impl Subject {
@@ -106,7 +109,7 @@ impl Subject {
             Self::Operation { queue, token } => (0, queue, token),
             Self::Kick { queue } => (1, queue, Token { slot: 0, step: 0 }),
             Self::Mail => (2, 0, Token { slot: 0, step: 0 }),
-            Self::CalledOff => (3, 0, Token { slot: 0, step: 0 }),
+            Self::CalledOff { queue } => (3, queue, Token { slot: 0, step: 0 }),
         };
         kind << 48 | u64::from(queue) << 32 | u64::from(token.slot) << 16 | u64::from(token.step)
     }
@@ -119,7 +122,7 @@ impl Subject {
             0 => Self::Operation { queue, token: Token { slot: part(16), step: part(0) } },
             1 => Self::Kick { queue },
             2 => Self::Mail,
-            _ => Self::CalledOff,
+            _ => Self::CalledOff { queue },
         }
     }
 }
@@ -135,7 +138,7 @@ mod tests {
             Subject::Operation { queue: 0xabcd, token },
             Subject::Kick { queue: 7 },
             Subject::Mail,
-            Subject::CalledOff,
+            Subject::CalledOff { queue: 9 },
         ] {
             assert_eq!(Subject::decode(subject.encode()), subject);
         }

@@ -144,12 +144,15 @@ impl Uring {
         self.push(subject, poll)
     }
 
-    /// Ends a watch: its last event comes without `more`.
+    /// Ends the watch of a queue's kick: its last event comes without `more`. Another event tells whether the kernel
+    /// found it: it may not while the watch is just firing (`EALREADY`).
     ///
     /// # Errors
     /// As for [`submit`](Self::submit).
-    pub(crate) fn unwatch(&mut self, subject: Subject) -> io::Result<()> {
-        self.push(Subject::CalledOff, opcode::PollRemove::new(subject.encode()).build())
+    pub(crate) fn unwatch(&mut self, queue: u16) -> io::Result<()> {
+        let watch = Subject::Kick { queue }.encode();
+        // Not a poll removal, which gives up more often on a watch that is just firing.
+        self.push(Subject::CalledOff { queue }, opcode::AsyncCancel::new(watch).build())
     }
 
     /// Whether a turn would bring something: a look at shared memory, not a system call.

@@ -10,7 +10,7 @@ use rustix::net::{AddressFamily, SendFlags, SocketType, sockopt};
 
 use super::Header;
 
-/// `VHOST_USER_BACKEND_CONFIG_CHANGE_MSG`, formerly `VHOST_USER_SLAVE_CONFIG_CHANGE_MSG`.
+/// `VHOST_USER_BACKEND_CONFIG_CHANGE_MSG`.
 const CONFIG_CHANGE_MSG: u32 = 2;
 
 /// The socket that came with `SET_BACKEND_REQ_FD`.

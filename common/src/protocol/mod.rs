@@ -13,6 +13,14 @@
 //! It keeps no state of the session: it knows neither which features were negotiated nor whether an answer is due.
 //! Values such as queue indexes, addresses and flags mean nothing here.
 
+#![deny(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::arithmetic_side_effects,
+    clippy::panic
+)]
+
 mod backend;
 mod connection;
 mod features;

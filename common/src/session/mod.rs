@@ -11,6 +11,14 @@
 //! What it deliberately does not do: dirty logging, postcopy, in-flight regions. Their features are
 //! not offered, so the message table refuses their requests.
 
+#![deny(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::arithmetic_side_effects,
+    clippy::panic
+)]
+
 mod vring;
 
 use std::os::fd::OwnedFd;

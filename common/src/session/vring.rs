@@ -4,6 +4,14 @@
 //! whatever order it was. A running ring's size, base and addresses stay; a front end that wants
 //! others stops it first.
 
+#![deny(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::arithmetic_side_effects,
+    clippy::panic
+)]
+
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 

@@ -5,6 +5,7 @@
 //! device-writable ones. Whatever is wrong with the chain is a [`RingError`] that names it. What it
 //! does not do: look into the buffers.
 
+// tidy(parsers): sums here are of 16-bit indexes and lengths of buffers that were resolved.
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::panic)]
 
 use std::sync::atomic::Ordering;

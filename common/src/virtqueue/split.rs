@@ -5,6 +5,7 @@
 //! masked or checked before it is used. What it does not do: walk chains ([`super::chain`]),
 //! remember which heads are out ([`super::slots`]), write to file descriptors ([`super::notify`]).
 
+// tidy(parsers): sums here are of 16-bit indexes, widened; ring indexes wrap by name.
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::panic)]
 
 use std::sync::atomic::{Ordering, fence};

@@ -188,7 +188,7 @@ impl<Q: DeviceQueue> ActiveRing<Q> {
         }
     }
 
-    /// What went wrong in this turn, one thing at a time.
+    /// What went wrong in this turn, one thing after another.
     pub(super) fn notice(&mut self) -> Option<Notice> {
         if let Some(fault) = self.turn.fault.take() {
             return Some(Notice::Broken(fault));
@@ -218,7 +218,13 @@ impl<Q: DeviceQueue> ActiveRing<Q> {
         self.turn.stopping = true;
         self.runnable = false;
         self.with_queue(engine, |queue, io| queue.stop(io));
-        if self.watched { engine.unwatch(Subject::Kick { queue: self.index }) } else { Ok(()) }
+        self.unwatch(engine)
+    }
+
+    /// Calls the watch off, if it still goes on. Again and again where the kernel says that it was
+    /// just firing.
+    pub(super) fn unwatch(&mut self, engine: &mut Uring) -> std::io::Result<()> {
+        if self.watched && self.stopped.is_some() { engine.unwatch(self.index) } else { Ok(()) }
     }
 
     /// Whether the ring was asked to stop and has nothing left that the kernel or the device holds.
@@ -231,9 +237,13 @@ impl<Q: DeviceQueue> ActiveRing<Q> {
 
     /// Gives the base to whoever asked for the stop.
     pub(super) fn end(self) {
-        if let Some(stopped) = self.stopped {
+        let Self { ring, queue, kick, stopped, .. } = self;
+        let base = ring.next_available();
+        // Who hears of the stop may count on the ring's memory and descriptors being let go.
+        drop((ring, queue, kick));
+        if let Some(stopped) = stopped {
             // Nobody waits any more when the process is ending.
-            let _ = stopped.send(self.ring.next_available());
+            let _ = stopped.send(base);
         }
     }
 
