@@ -1,0 +1,38 @@
+# What one does with this project. `make help` lists it; docs/testing.md tells what the suites are.
+
+TARGET := $(or $(CARGO_TARGET_DIR),target)
+
+.PHONY: help
+help:
+	@echo 'make run        boot a Linux guest whose root disk is served by vhost-blk, and get its console'
+	@echo 'make test-fast  unit tests, conformance, User-Mode Linux guests'
+	@echo 'make test       everything that a change must pass'
+	@echo 'make bench      measure against other back ends'
+	@echo 'make rig        fetch what guests are made of (the others do this by themselves)'
+
+.PHONY: run
+run: rig
+	cargo build --release -p vhost-blk
+	@tests/rig/run $(TARGET)/release/vhost-blk
+
+.PHONY: test
+test:
+	@tests/rig/suites all
+
+.PHONY: test-fast
+test-fast:
+	@tests/rig/suites fast
+
+.PHONY: bench
+bench: rig
+	@tests/bench/run
+
+.PHONY: rig
+rig:
+	@tests/rig/setup
+
+# PID 1 of the test guests. Static: an initial RAM disk has no libraries. The target is named so that build scripts and
+# procedural macros, which run here, are not linked that way too.
+.PHONY: guest
+guest:
+	RUSTFLAGS='-C target-feature=+crt-static' cargo build -p guest --target x86_64-unknown-linux-gnu

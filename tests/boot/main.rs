@@ -1,0 +1,5 @@
+//! Real guests on real daemons, end to end: what a user of the project relies on.
+
+mod qemu;
+mod systemd;
+mod uml;

@@ -1,0 +1,185 @@
+//! Whole PCs with an unmodified distribution kernel, emulated by QEMU: firmware, boot loader, several processors and queues,
+//! and a front end that resets, restarts and dies.
+
+mod emulator;
+mod statistics;
+
+use std::fs::File;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use guest::pattern;
+use tests::{Daemon, DaemonCommand, DiskImage, Machine, TempDir, temp_dir};
+
+use self::emulator::{Emulator, OnRestart, QUEUE_COUNT};
+use self::statistics::Statistics;
+
+/// Enough for each of the load's jobs to have 32 large requests of its own in flight.
+const DISK_BYTES: u64 = 64 << 20;
+/// The load, where its initial RAM disk has it.
+const FIO: &str = "usr/bin/fio";
+/// What fio's progress line has once requests are completing.
+const LOAD_RUNS: &str = "IOPS]";
+/// What fio says once in each run, before it starts its jobs.
+const LOAD_STARTS: &str = "Starting 4 processes";
+
+/// A daemon on an image, and the machines that will use it.
+struct Bench {
+    emulator: Emulator,
+    daemon: Daemon,
+    image: PathBuf,
+    control: PathBuf,
+    // Last: the daemon's files are in it.
+    _directory: TempDir,
+}
+
+impl Bench {
+    /// A daemon on an empty disk. `None`: it cannot run here, and has said why.
+    fn empty_disk(programs: &[&str]) -> Option<Self> {
+        Self::new(programs, |_, path| {
+            DiskImage::sparse(path, DISK_BYTES);
+        })
+    }
+
+    /// A daemon on a disk that boots to the check in `words`.
+    fn boot_disk(words: &str) -> Option<Self> {
+        Self::new(&[], |emulator, path| emulator.make_boot_disk(path, words))
+    }
+
+    fn new(programs: &[&str], make_image: impl FnOnce(&Emulator, &Path)) -> Option<Self> {
+        let emulator = Emulator::new(programs)?;
+        let directory = temp_dir();
+        let image = directory.path().join("disk");
+        make_image(&emulator, &image);
+        let control = directory.path().join("control");
+        let daemon = DaemonCommand::block(&image)
+            .argument("--num-queues")
+            .argument(QUEUE_COUNT.to_string())
+            .argument("--control")
+            .argument(&control)
+            .start();
+        Some(Self { emulator, daemon, image, control, _directory: directory })
+    }
+
+    /// Boots a machine that runs the check in `words`; one that restarts has failed.
+    fn boot(&self, words: &str) -> Machine {
+        self.emulator.boot(self.daemon.socket(), words, OnRestart::End)
+    }
+
+    /// Boots a machine, has it pass the check in `words` and end, and returns what it found.
+    fn pass(&self, words: &str) -> String {
+        finish(self.boot(words))
+    }
+
+    /// Ends the daemon as an operator would, after a look at its counters: this many front ends were served, no request
+    /// failed and no front end was at fault.
+    fn expect_clean_end(self, sessions: u64) {
+        let statistics = Statistics::ask(&self.control);
+        assert_eq!(
+            statistics.queues("errors").iter().sum::<u64>(),
+            0,
+            "failed requests in {statistics:?}"
+        );
+        for counter in ["protocol_errors", "broken_sessions"] {
+            assert_eq!(statistics.daemon(counter), 0, "{counter} in {statistics:?}");
+        }
+        assert_eq!(statistics.daemon("sessions"), sessions, "sessions in {statistics:?}");
+        let status = self.daemon.terminate();
+        assert!(status.success(), "the daemon ended with {status}");
+    }
+}
+
+/// Waits for the check to pass and for the emulator to end.
+fn finish(mut machine: Machine) -> String {
+    let details = machine.expect_pass();
+    let status = machine.wait();
+    assert!(status.success(), "the emulator ended with {status}");
+    details
+}
+
+fn checksum(image: &Path) -> String {
+    let mut file = File::open(image).expect("the image is ours");
+    pattern::checksum(&mut file).expect("the image can be read")
+}
+
+/// How much of the host's storage the image takes; `st_blocks` counts 512 bytes whatever the file system's block size is.
+fn allocated_bytes(image: &Path) -> u64 {
+    image.metadata().expect("the image is ours").blocks() * 512
+}
+
+#[test]
+fn firmware_boots_from_the_disk() {
+    let Some(bench) = Bench::boot_disk("check=read") else { return };
+    let machine = bench.emulator.boot_from_disk(bench.daemon.socket(), OnRestart::End);
+    assert_eq!(finish(machine), checksum(&bench.image));
+    bench.expect_clean_end(1);
+}
+
+#[test]
+fn restart_goes_through_firmware_and_boot_loader_again() {
+    let Some(bench) = Bench::boot_disk("check=restart seed=1") else { return };
+    let mut machine = bench.emulator.boot_from_disk(bench.daemon.socket(), OnRestart::Again);
+    machine.wait_for("restarting");
+    finish(machine);
+    // One session: the emulator keeps its connection, stops the rings and starts them anew.
+    bench.expect_clean_end(1);
+}
+
+#[test]
+fn verified_load_runs_on_all_queues() {
+    let Some(bench) = Bench::empty_disk(&[FIO]) else { return };
+    bench.pass("check=load");
+    let statistics = Statistics::ask(&bench.control);
+    let requests = statistics.queues("requests");
+    assert_eq!(requests.len(), usize::from(QUEUE_COUNT));
+    // Each job writes its part of the disk several times in requests of 64 KiB at most, and reads it as often.
+    let least = DISK_BYTES / u64::from(QUEUE_COUNT) / (64 << 10);
+    assert!(
+        requests.iter().all(|count| *count > least),
+        "a queue had hardly any requests: {statistics:?}"
+    );
+    bench.expect_clean_end(1);
+}
+
+#[test]
+fn reset_amid_requests_leaves_a_working_disk() {
+    let Some(bench) = Bench::empty_disk(&[FIO]) else { return };
+    let mut machine = bench.emulator.boot(bench.daemon.socket(), "check=load", OnRestart::Again);
+    machine.wait_for(LOAD_RUNS);
+    bench.emulator.reset();
+    // The load of the machine after the reset, since the one before it has said so already.
+    machine.wait_for(LOAD_STARTS);
+    finish(machine);
+    bench.expect_clean_end(1);
+}
+
+#[test]
+fn killed_machine_makes_way_for_the_next_one() {
+    let Some(bench) = Bench::empty_disk(&[FIO]) else { return };
+    let mut machine = bench.boot("check=load");
+    machine.wait_for(LOAD_RUNS);
+    // Dropping it is SIGKILL: no ring is stopped and no message sent.
+    drop(machine);
+    bench.pass("check=load");
+    bench.expect_clean_end(2);
+}
+
+#[test]
+fn discarded_blocks_go_back_to_the_host_and_read_as_zeroes() {
+    let Some(bench) = Bench::empty_disk(&[]) else { return };
+    let zeroes = checksum(&bench.image);
+    bench.pass("check=write seed=1");
+    assert!(allocated_bytes(&bench.image) >= DISK_BYTES);
+    bench.pass("check=discard");
+    let allocated = allocated_bytes(&bench.image);
+    assert!(allocated < DISK_BYTES / 8, "{allocated} bytes are still allocated");
+    assert_eq!(bench.pass("check=read"), zeroes);
+    bench.expect_clean_end(3);
+}
+
+#[test]
+fn zeroed_parts_read_as_zeroes_and_spare_their_neighbours() {
+    let Some(bench) = Bench::empty_disk(&[]) else { return };
+    bench.pass("check=zeroes seed=2");
+    bench.expect_clean_end(1);
+}

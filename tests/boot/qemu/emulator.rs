@@ -1,0 +1,164 @@
+//! QEMU without hardware virtualisation: a whole PC with an unmodified distribution kernel and QEMU's vhost-user-blk-pci.
+//!
+//! Contract: one [`Emulator`] has everything that several boots share, and runs one machine at a time. What a machine runs
+//! is a check of the `guest` package, named by words on its kernel's command line.
+//!
+//! The emulator translates the guest's code and cannot see that another process has changed a page with code in it. So the
+//! programs of these guests live in their initial RAM disk, never on the disk under test; `tests/rig/boot-disk` says what
+//! that means for a boot loader.
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use tests::{Initrd, Machine, Rig, TempDir, temp_dir};
+
+/// A machine is up within 4 s and its check takes 10 s at most: this is for a host that does much else meanwhile.
+const LIMIT: Duration = Duration::from_secs(180);
+/// The time in which an emulator that runs at all answers its monitor.
+const MONITOR_LIMIT: Duration = Duration::from_secs(60);
+/// Processors of the machine and queues of its disk: the driver takes a queue for each processor.
+pub(crate) const QUEUE_COUNT: u16 = 4;
+/// What the drivers of the disk are made of, in the order of their dependencies.
+const MODULES: [&str; 6] = [
+    "virtio_ring",
+    "virtio",
+    "virtio_pci_modern_dev",
+    "virtio_pci_legacy_dev",
+    "virtio_pci",
+    "virtio_blk",
+];
+/// Memory of the machine. The load's initial RAM disk needs most of it: fio and all its libraries, twice while unpacking.
+const MEMORY: &str = "512M";
+/// A kernel that panics restarts at once, which ends a machine that must not restart: no test waits for its deadline.
+const KERNEL_WORDS: &str = "console=ttyS0 quiet panic=-1";
+
+/// What happens when the guest restarts its machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum OnRestart {
+    /// The machine ends: whatever restarted it was not asked to.
+    End,
+    /// The machine starts again, from its firmware on, within the same process.
+    Again,
+}
+
+/// What all machines share: the kernel, the initial RAM disk, the monitor's path.
+#[derive(Debug)]
+pub(crate) struct Emulator {
+    rig: Rig,
+    directory: TempDir,
+}
+
+impl Emulator {
+    /// Prepares an initial RAM disk with the guest's checks and these programs of the rig. `None`: this cannot run here, and
+    /// has said why.
+    pub(crate) fn new(programs: &[&str]) -> Option<Self> {
+        let rig = Rig::find()?;
+        let directory = temp_dir();
+        let modules = MODULES.map(|name| rig.kernel_module(name));
+        let mut initrd = Initrd::with_guest(&rig, &modules);
+        for program in programs {
+            initrd.program(&rig, program);
+        }
+        initrd.write(&directory.path().join("initrd"));
+        Some(Self { rig, directory })
+    }
+
+    /// Boots a machine with the disk behind `socket`; the emulator puts the kernel into its memory.
+    pub(crate) fn boot(&self, socket: &Path, words: &str, on_restart: OnRestart) -> Machine {
+        let mut command = self.machine(socket, on_restart);
+        command.arg("-kernel").arg(self.rig.kernel()).arg("-initrd").arg(self.initrd());
+        command.arg("-append").arg(format!("{KERNEL_WORDS} {words}"));
+        Machine::start(command, LIMIT)
+    }
+
+    /// Boots a machine that is given nothing but the disk behind `socket`: its firmware reads the boot loader from there.
+    pub(crate) fn boot_from_disk(&self, socket: &Path, on_restart: OnRestart) -> Machine {
+        Machine::start(self.machine(socket, on_restart), LIMIT)
+    }
+
+    /// Makes a disk at `image` that boots to the check in `words`.
+    pub(crate) fn make_boot_disk(&self, image: &Path, words: &str) {
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("rig/boot-disk");
+        let output = Command::new(&script)
+            .arg(self.rig.kernel())
+            .arg(self.initrd())
+            .arg(format!("{KERNEL_WORDS} {words}"))
+            .arg(image)
+            .env("OUTBOARD_RIG_DIR", self.rig.path(".."))
+            .output()
+            .unwrap_or_else(|error| panic!("cannot run {}: {error}", script.display()));
+        assert!(output.status.success(), "boot-disk: {}", String::from_utf8_lossy(&output.stderr));
+    }
+
+    /// Resets the running machine as its reset button would.
+    pub(crate) fn reset(&self) {
+        let monitor = UnixStream::connect(self.monitor())
+            .expect("the emulator listens on its monitor's socket");
+        monitor.set_read_timeout(Some(MONITOR_LIMIT)).expect("a socket takes a time limit");
+        let mut replies = BufReader::new(&monitor).lines();
+        for command in ["qmp_capabilities", "system_reset"] {
+            writeln!(&monitor, "{}", json!({ "execute": command }))
+                .expect("the monitor reads its commands");
+            loop {
+                let line = replies
+                    .next()
+                    .expect("the monitor answers")
+                    .expect("the monitor answers in time");
+                let reply: Value = serde_json::from_str(&line).expect("the monitor speaks JSON");
+                assert!(reply.get("error").is_none(), "{command}: {reply}");
+                // The greeting and the events come between the replies.
+                if reply.get("return").is_some() {
+                    break;
+                }
+            }
+        }
+    }
+
+    fn initrd(&self) -> PathBuf {
+        self.directory.path().join("initrd")
+    }
+
+    fn monitor(&self) -> PathBuf {
+        self.directory.path().join("monitor")
+    }
+
+    fn machine(&self, socket: &Path, on_restart: OnRestart) -> Command {
+        let mut command = self.rig.tool("qemu-system-x86_64");
+        command
+            .args([
+                "-accel",
+                "tcg",
+                "-nodefaults",
+                "-no-user-config",
+                "-display",
+                "none",
+                "-serial",
+                "stdio",
+            ])
+            .args([
+                "-m",
+                MEMORY,
+                "-smp",
+                &QUEUE_COUNT.to_string(),
+                "-machine",
+                "q35,memory-backend=memory",
+            ])
+            // The daemon maps the machine's memory, so it must be a file that both can share.
+            .arg("-object")
+            .arg(format!("memory-backend-memfd,id=memory,size={MEMORY},share=on"))
+            .arg("-chardev")
+            .arg(format!("socket,id=disk,path={}", socket.display()))
+            .arg("-device")
+            .arg(format!("vhost-user-blk-pci,chardev=disk,num-queues={QUEUE_COUNT}"))
+            .arg("-qmp")
+            .arg(format!("unix:{},server=on,wait=off", self.monitor().display()));
+        if on_restart == OnRestart::End {
+            command.arg("-no-reboot");
+        }
+        command
+    }
+}

@@ -1,0 +1,53 @@
+//! What the daemon has counted, asked over its control socket.
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::Duration;
+
+use serde_json::Value;
+
+/// The time in which a daemon that runs at all answers.
+const LIMIT: Duration = Duration::from_secs(30);
+
+/// The answer to one `stats` command.
+#[derive(Debug)]
+pub(crate) struct Statistics(Value);
+
+impl Statistics {
+    /// Asks the daemon whose control socket this is.
+    pub(crate) fn ask(control: &Path) -> Self {
+        let mut stream =
+            UnixStream::connect(control).expect("the daemon listens on its control socket");
+        stream.set_read_timeout(Some(LIMIT)).expect("a socket takes a time limit");
+        stream.write_all(b"{\"command\":\"stats\"}\n").expect("the daemon reads its commands");
+        let mut line = String::new();
+        BufReader::new(stream).read_line(&mut line).expect("the daemon answers in time");
+        let answer: Value = serde_json::from_str(&line)
+            .unwrap_or_else(|error| panic!("no JSON in {line:?}: {error}"));
+        assert!(answer.get("ok").is_some(), "the daemon does not answer stats: {line}");
+        Self(answer["ok"].clone())
+    }
+
+    /// One of the counters of the daemon as a whole.
+    pub(crate) fn daemon(&self, counter: &str) -> u64 {
+        count(&self.0["daemon"][counter])
+    }
+
+    /// One of the counters of requests, summed over their kinds: a number for each queue.
+    pub(crate) fn queues(&self, counter: &str) -> Vec<u64> {
+        let queues =
+            self.0["queues"].as_array().unwrap_or_else(|| panic!("no queues in {}", self.0));
+        queues.iter().map(|queue| all_kinds(queue, counter)).collect()
+    }
+}
+
+fn all_kinds(queue: &Value, counter: &str) -> u64 {
+    let kinds =
+        queue["kinds"].as_object().unwrap_or_else(|| panic!("no kinds of requests in {queue}"));
+    kinds.values().map(|kind| count(&kind[counter])).sum()
+}
+
+fn count(value: &Value) -> u64 {
+    value.as_u64().unwrap_or_else(|| panic!("a counter is expected, found {value}"))
+}

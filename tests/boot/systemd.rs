@@ -1,0 +1,383 @@
+//! The units as an administrator installs them, under a real systemd, next to a real guest.
+//!
+//! The test runs twice: on the machine, where it has `tests/rig/systemd-in-namespace` boot systemd as PID 1 of namespaces
+//! of its own, and in there, where it installs the units unmodified and works with them. Nothing of the machine's own
+//! service manager, accounts or files is touched; a loop device, which is the kernel's, is freed also when the test is
+//! killed.
+
+use std::env;
+use std::fs::{self, File, Permissions};
+use std::io::{Read, Write};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, chown};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitStatus, Output};
+use std::time::Duration;
+
+use frontend::front_end::FrontEnd;
+use frontend::wire::Wire;
+use rustix::fs::{CWD, FileType, Mode, makedev, mknodat};
+use rustix::process::{Gid, Uid};
+use tests::{DiskImage, Machine, Rig, UserModeLinux, cannot_run, program, temp_dir, wait_for_exit};
+
+/// Set inside, to the directory that both sides share.
+const INSIDE: &str = "OUTBOARD_TEST_SYSTEMD";
+/// Four guests and a dozen unit starts take seconds; this is for a machine that does much else meanwhile.
+const LIMIT: Duration = Duration::from_secs(300);
+/// What `systemd-in-namespace` ends with where the machine cannot do it.
+const CANNOT_RUN: i32 = 77;
+const DISK_BYTES: u64 = 32 << 20;
+/// Owns nothing and is in no group.
+const NOBODY: u32 = 65534;
+
+#[test]
+fn installed_units_serve_a_file_and_a_loop_device_to_guests() {
+    match env::var_os(INSIDE) {
+        Some(shared) => inside(Path::new(&shared)),
+        None => outside(),
+    }
+}
+
+/// On the machine: prepares what only the machine has, boots systemd, judges the outcome.
+fn outside() {
+    let Some(rig) = Rig::find() else { return };
+    if !rustix::process::geteuid().is_root() {
+        return cannot_run("systemd as PID 1 of a namespace, and a loop device, need root");
+    }
+    let shared = temp_dir();
+    let backing = DiskImage::patterned(&shared.path().join("backing"), DISK_BYTES, 11);
+    let before = backing.checksum();
+    let loop_device = match LoopDevice::attach(backing.path()) {
+        Ok(device) => device,
+        Err(why) => return cannot_run(&why),
+    };
+    fs::write(shared.path().join("loop-device"), loop_device.number.to_string())
+        .expect("our own directory");
+
+    let (status, output) = boot_systemd(shared.path(), &rig);
+    if status.code() == Some(CANNOT_RUN) {
+        return cannot_run(&output);
+    }
+    assert!(status.success(), "in the namespace: {status}\n{output}");
+    drop(loop_device);
+    let written = fs::read_to_string(shared.path().join("written")).expect("the guest's checksum");
+    assert_eq!(
+        written,
+        backing.checksum(),
+        "what the guest wrote to the loop device is in the file behind it"
+    );
+    assert_ne!(written, before);
+}
+
+/// Runs this test once more, as a unit of a systemd of its own.
+fn boot_systemd(shared: &Path, rig: &Rig) -> (ExitStatus, String) {
+    let tests = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let this = env::current_exe().expect("a test knows its own path");
+    // The script ends, and what it has started with it, also when this test is killed.
+    let mut command = Command::new("setpriv");
+    command.args(["--pdeathsig", "TERM"]).arg(tests.join("rig/systemd-in-namespace"));
+    // What lies on a file system of its own is not in the overlay of /.
+    let project = tests.parent().expect("tests is in the project").to_owned();
+    for directory in [
+        project,
+        folder(&this),
+        folder(&program("vhost-blk")),
+        rig.path("").join(".."),
+        shared.to_owned(),
+    ] {
+        command.arg("--bind").arg(directory);
+    }
+    let log = shared.join("output");
+    let output = File::create(&log).expect("our own directory");
+    let errors = output.try_clone().expect("a descriptor can be duplicated");
+    let mut systemd = command
+        .arg("--")
+        .arg(&this)
+        .args([
+            "--exact",
+            "--nocapture",
+            "systemd::installed_units_serve_a_file_and_a_loop_device_to_guests",
+        ])
+        .env(INSIDE, shared)
+        .stdout(output)
+        .stderr(errors)
+        .spawn()
+        .unwrap_or_else(|error| panic!("cannot start {command:?}: {error}"));
+    let status = wait_for_exit(&mut systemd, LIMIT)
+        .expect("our own child can be waited for")
+        .unwrap_or_else(|| {
+            // The script ends what it has started when it is asked to end, not when it is killed.
+            let script = rustix::process::Pid::from_child(&systemd);
+            rustix::process::kill_process(script, rustix::process::Signal::TERM)
+                .expect("our own child can be signalled");
+            systemd.wait().expect("our own child can be waited for")
+        });
+    (status, fs::read_to_string(&log).unwrap_or_else(|error| error.to_string()))
+}
+
+fn folder(file: &Path) -> PathBuf {
+    file.parent().expect("a file is in a directory").to_owned()
+}
+
+/// A loop device that the kernel frees with the last descriptor on it, so also when this process is killed.
+struct LoopDevice {
+    number: u64,
+    _open: File,
+}
+
+impl LoopDevice {
+    fn attach(backing: &Path) -> Result<LoopDevice, String> {
+        let losetup =
+            |arguments: &[&std::ffi::OsStr]| Command::new("losetup").args(arguments).output();
+        let attached = losetup(&["--find".as_ref(), "--show".as_ref(), backing.as_os_str()]);
+        let attached = attached.map_err(|error| format!("cannot run losetup: {error}"))?;
+        if !attached.status.success() {
+            return Err(format!("no loop device: {}", text(&attached.stderr)));
+        }
+        let path = PathBuf::from(text(&attached.stdout));
+        let open = File::open(&path)
+            .map_err(|error| format!("cannot open {}: {error}", path.display()))?;
+        // While it is open, detaching only marks the device: it goes with the last descriptor.
+        losetup(&["--detach".as_ref(), path.as_os_str()])
+            .map_err(|error| format!("cannot run losetup: {error}"))?;
+        let number = open.metadata().expect("it is open").rdev();
+        Ok(LoopDevice { number, _open: open })
+    }
+}
+
+/// In the namespace, as a unit of the systemd there.
+fn inside(shared: &Path) {
+    let _journal = JournalOnPanic;
+    install();
+    let guests = UserModeLinux::new(Rig::find().expect("the rig is bound into the namespace"));
+    serves_a_file(&guests);
+    comes_back_after_a_crash();
+    serves_a_loop_device(&guests, shared);
+    says_what_is_wrong_with_its_configuration();
+}
+
+/// A failure is explained by what the units have said, and the journal ends with the namespace.
+struct JournalOnPanic;
+
+impl Drop for JournalOnPanic {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            output(Command::new("journalctl").arg("--sync"));
+            let journal = output(Command::new("journalctl").args([
+                "--lines=80",
+                "--output=short-monotonic",
+                "--no-hostname",
+            ]));
+            println!("journal:\n{}", text(&journal.stdout));
+        }
+    }
+}
+
+/// As `systemd/README.md` has it.
+fn install() {
+    let project = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    run(Command::new(project.join("systemd/install")).arg(program("vhost-blk")));
+    run(Command::new("systemd-sysusers").arg("outboard.conf"));
+    run(Command::new("systemd-tmpfiles").args(["--create", "outboard.conf"]));
+    run(Command::new("systemctl").arg("daemon-reload"));
+}
+
+fn serves_a_file(guests: &UserModeLinux) {
+    let directory = Path::new("/var/lib/outboard/blk/file");
+    fs::create_dir_all(directory).expect("root may");
+    let image = DiskImage::patterned(&directory.join("a disk, with spaces.raw"), DISK_BYTES, 12);
+    let options = "--serial from-systemd --num-queues 2";
+    configure("file", &format!("DISK=file:{}\nOPTIONS={options}\n", image.path().display()));
+    verify("file");
+
+    systemctl(&["start", "vhost-blk@file.socket"]);
+    let socket = Path::new("/run/outboard/blk/file.sock");
+    let metadata = fs::metadata(socket).expect("the socket unit has made it");
+    assert!(metadata.file_type().is_socket());
+    assert_eq!(metadata.permissions().mode() & 0o777, 0o660);
+    assert_eq!(metadata.gid(), group("outboard-vmm"));
+
+    let refusal = connect_as(socket, NOBODY).expect_err("a stranger is refused");
+    assert_eq!(refusal.kind(), std::io::ErrorKind::PermissionDenied);
+    assert_eq!(
+        show("vhost-blk@file.service", "ActiveState"),
+        "inactive",
+        "nobody has connected yet"
+    );
+
+    // The answer is the daemon's: the connection of a VMM's account has started it.
+    let stream = connect_as(socket, group("outboard-vmm")).expect("a VMM's group is admitted");
+    FrontEnd::on(Wire::from_stream(stream)).get_features().expect("the daemon answers");
+    // The answer may come before the manager has read READY: the start job ends with that.
+    systemctl(&["start", "vhost-blk@file.service"]);
+    assert_eq!(show("vhost-blk@file.service", "ActiveState"), "active");
+    assert_ne!(show("vhost-blk@file.service", "StatusText"), "");
+    assert_is_confined(&show("vhost-blk@file.service", "MainPID"));
+
+    let size = format!("size_bytes={DISK_BYTES}");
+    assert_eq!(pass(guests, socket, "read", &[]), image.checksum());
+    pass(guests, socket, "identity", &[&size, "serial=from-systemd"]);
+    assert_eq!(pass(guests, socket, "write", &["seed=13"]), image.checksum());
+    assert_counts_requests(Path::new("/run/outboard/blk/file/control.sock"));
+}
+
+/// Goes on with the unit that [`serves_a_file`] has left running, and stops it.
+fn comes_back_after_a_crash() {
+    let before = show("vhost-blk@file.service", "MainPID");
+    systemctl(&["kill", "--signal=KILL", "vhost-blk@file.service"]);
+    // The socket outlives the daemon: the connection waits in it for the next one.
+    let front_end =
+        FrontEnd::connect(Path::new("/run/outboard/blk/file.sock")).expect("the socket is there");
+    front_end.get_features().expect("the restarted daemon answers");
+    assert_eq!(show("vhost-blk@file.service", "NRestarts"), "1");
+    assert_ne!(show("vhost-blk@file.service", "MainPID"), before);
+
+    // With a front end connected: it must not keep the daemon from ending.
+    systemctl(&["stop", "vhost-blk@file.socket"]);
+    assert_eq!(show("vhost-blk@file.service", "Result"), "success");
+    assert_eq!(show("vhost-blk@file.service", "ExecMainStatus"), "0");
+    assert_eq!(show("vhost-blk@file.service", "ActiveState"), "inactive");
+    for gone in ["/run/outboard/blk/file.sock", "/run/outboard/blk/file"] {
+        assert!(!Path::new(gone).exists(), "{gone} is left behind");
+    }
+}
+
+fn serves_a_loop_device(guests: &UserModeLinux, shared: &Path) {
+    let number = fs::read_to_string(shared.join("loop-device")).expect("written outside");
+    let number: u64 = number.parse().expect("a device number");
+    let device = Path::new("/dev/outboard-loop");
+    let name = makedev(rustix::fs::major(number), rustix::fs::minor(number));
+    mknodat(CWD, device, FileType::BlockDevice, Mode::empty(), name).expect("root may make a node");
+    chown(device, None, Some(group("disk"))).expect("root may");
+    fs::set_permissions(device, Permissions::from_mode(0o660)).expect("root may");
+    configure("loop", "DISK=file:/dev/outboard-loop\n");
+    let drop_in = "/etc/systemd/system/vhost-blk@loop.service.d";
+    fs::create_dir_all(drop_in).expect("root may");
+    fs::write(format!("{drop_in}/disk.conf"), "[Service]\nSupplementaryGroups=disk\n")
+        .expect("root may");
+    systemctl(&["daemon-reload"]);
+
+    systemctl(&["start", "vhost-blk@loop.socket"]);
+    let socket = Path::new("/run/outboard/blk/loop.sock");
+    pass(guests, socket, "identity", &[&format!("size_bytes={DISK_BYTES}")]);
+    let written = pass(guests, socket, "write", &["seed=14"]);
+    fs::write(shared.join("written"), written).expect("the shared directory is writable");
+    systemctl(&["stop", "vhost-blk@loop.socket"]);
+    assert_eq!(show("vhost-blk@loop.service", "Result"), "success");
+}
+
+fn says_what_is_wrong_with_its_configuration() {
+    // Without a description there is nothing to serve, and nothing listens in its name.
+    assert!(
+        !output(Command::new("systemctl").args(["start", "vhost-blk@unknown.socket"]))
+            .status
+            .success()
+    );
+    configure("empty", "OPTIONS=--read-only\n");
+    assert!(
+        !output(Command::new("systemctl").args(["start", "vhost-blk@empty.service"]))
+            .status
+            .success()
+    );
+    assert_eq!(show("vhost-blk@empty.service", "ExecMainStatus"), "2");
+    assert_eq!(show("vhost-blk@empty.service", "NRestarts"), "0", "a usage error does not heal");
+    // The journal takes messages in when it comes to them, also after the unit has failed: follow it.
+    let mut journal = Command::new("journalctl");
+    journal.args(["--follow", "--lines=all", "--output=cat", "--unit=vhost-blk@empty.service"]);
+    Machine::start(journal, LIMIT).wait_for("--disk");
+}
+
+/// The verdict of systemd itself on the installed files.
+fn verify(instance: &str) {
+    let units = ["service", "socket"].map(|kind| format!("vhost-blk@{instance}.{kind}"));
+    let verdict = output(
+        Command::new("systemd-analyze")
+            .args(["verify", "--man=no", "--recursive-errors=yes"])
+            .args(units),
+    );
+    let words = text(&verdict.stdout) + &text(&verdict.stderr);
+    assert!(
+        verdict.status.success() && words.is_empty(),
+        "systemd-analyze verify: {}: {words}",
+        verdict.status
+    );
+}
+
+fn configure(instance: &str, description: &str) {
+    fs::write(format!("/etc/outboard/blk/{instance}.conf"), description).expect("root may");
+}
+
+/// Boots a guest on the disk behind `socket`, has it pass `check`, and returns what it found.
+fn pass(guests: &UserModeLinux, socket: &Path, check: &str, words: &[&str]) -> String {
+    let mut machine = guests.boot(socket, check, words);
+    let details = machine.expect_pass();
+    let status = machine.wait();
+    assert!(status.success(), "User-Mode Linux ended with {status}");
+    details
+}
+
+/// Connects as nobody in the group `gid`. The kernel judges by the thread's own credentials, which end with it.
+fn connect_as(socket: &Path, gid: u32) -> std::io::Result<UnixStream> {
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(|| {
+            rustix::thread::set_thread_groups(&[]).expect("root may");
+            rustix::thread::set_thread_gid(Gid::from_raw(gid)).expect("root may");
+            rustix::thread::set_thread_uid(Uid::from_raw(NOBODY)).expect("root may");
+            UnixStream::connect(socket)
+        });
+        thread.join().expect("no panic")
+    })
+}
+
+/// What holds whichever way the unit's lines are written.
+fn assert_is_confined(process: &str) {
+    let status = fs::read_to_string(format!("/proc/{process}/status")).expect("the daemon runs");
+    for line in
+        ["NoNewPrivs:\t1", "CapEff:\t0000000000000000", "CapBnd:\t0000000000000000", "Seccomp:\t2"]
+    {
+        assert!(status.lines().any(|found| found == line), "{line} is not in\n{status}");
+    }
+    let own = fs::metadata(format!("/proc/{process}")).expect("the daemon runs");
+    assert_ne!(own.uid(), 0, "the daemon runs as root");
+}
+
+fn assert_counts_requests(control: &Path) {
+    let mut stream = UnixStream::connect(control).expect("root may");
+    stream
+        .write_all(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+        .expect("it reads");
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).expect("it answers and closes");
+    assert!(answer.starts_with("HTTP/1.") && answer.contains("requests_total"), "{answer}");
+}
+
+fn group(name: &str) -> u32 {
+    let entry = output(Command::new("getent").args(["group", name]));
+    let entry = text(&entry.stdout);
+    let gid = entry.split(':').nth(2).unwrap_or_else(|| panic!("there is no group {name}"));
+    gid.parse().expect("a group's number")
+}
+
+fn show(unit: &str, property: &str) -> String {
+    text(
+        &output(Command::new("systemctl").args(["show", "--value", "--property", property, unit]))
+            .stdout,
+    )
+}
+
+fn systemctl(arguments: &[&str]) {
+    run(Command::new("systemctl").args(arguments));
+}
+
+fn run(command: &mut Command) {
+    let result = output(command);
+    assert!(result.status.success(), "{command:?}: {}\n{}", result.status, text(&result.stderr));
+}
+
+fn output(command: &mut Command) -> Output {
+    command.output().unwrap_or_else(|error| panic!("cannot run {command:?}: {error}"))
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).trim_end().to_owned()
+}

@@ -1,0 +1,190 @@
+//! Calls: over descriptors of every kind, also full and broken ones, and only when the driver wants
+//! them.
+
+use crate::subject::{QUEUE_COUNT, Subject, must_work};
+use frontend::Error;
+use frontend::block::{BlockDriver, Request, SECTOR_BYTES, VIRTIO_BLK_S_OK};
+use frontend::guest::Options;
+use frontend::message::{VHOST_USER_SET_VRING_CALL, VHOST_USER_SET_VRING_KICK, VIRTIO_F_EVENT_IDX};
+use frontend::notifier::Notifier;
+use frontend::ring::{VIRTQ_AVAIL_F_NO_INTERRUPT, VIRTQ_USED_F_NO_NOTIFY};
+use frontend::wire::PATIENCE;
+use std::time::Duration;
+
+/// Makes one end of a notification.
+type Maker = fn() -> Result<Notifier, Error>;
+
+fn without_event_idx() -> Options {
+    Options { features: Options::default().features & !VIRTIO_F_EVENT_IDX, ..Options::default() }
+}
+
+/// One request, whose end is seen in the ring and not by a call.
+fn must_work_by_looking(driver: &mut BlockDriver) {
+    driver.submit(0, &Request::read(0, SECTOR_BYTES));
+    driver.kick(0).expect("the device can be kicked");
+    assert_eq!(driver.complete_by_looking(0).expect("the request ends").1.status, VIRTIO_BLK_S_OK);
+}
+
+#[test]
+fn call_descriptor_may_be_a_pipe_or_a_socket() {
+    let subject = Subject::start();
+    let makers: [Maker; 3] = [Notifier::eventfd, Notifier::pipe, Notifier::socket];
+    for (call, event_idx) in makers.into_iter().flat_map(|call| [(call, true), (call, false)]) {
+        let features =
+            if event_idx { Options::default().features } else { without_event_idx().features };
+        let mut driver =
+            subject.driver(&Options { call: Some(call), features, ..Options::default() });
+        for _ in 0..10 {
+            must_work(&mut driver, 0);
+        }
+    }
+}
+
+#[test]
+fn full_or_broken_call_descriptor_stops_nobody() {
+    let mut subject = Subject::start();
+    let makers: [(&str, Maker); 4] = [
+        ("pipe without room", Notifier::full_pipe),
+        ("socket without room", Notifier::full_socket),
+        ("blocking eventfd at its maximum", Notifier::full_blocking_eventfd),
+        ("pipe without reader", Notifier::broken_pipe),
+    ];
+    for (what, call) in makers {
+        let mut driver = subject.driver(&Options {
+            call: Some(call),
+            queue_count: QUEUE_COUNT,
+            ..without_event_idx()
+        });
+        for _ in 0..10 {
+            must_work_by_looking(&mut driver);
+        }
+        // Whoever blocks on the descriptor never answers this.
+        driver.guest.front_end.get_vring_base(0).unwrap_or_else(|error| panic!("{what}: {error}"));
+    }
+    subject.must_serve_the_next();
+}
+
+#[test]
+fn driver_without_call_descriptor_polls() {
+    let subject = Subject::start();
+    let mut driver = subject.driver(&Options { call: None, ..Options::default() });
+    for _ in 0..20 {
+        must_work(&mut driver, 0);
+    }
+}
+
+#[test]
+fn driver_that_wants_no_calls_gets_none() {
+    // VIRTIO 1.3, 2.7.7.2: with the flag at 1 and without EVENT_IDX, the device SHOULD NOT send a
+    // notification.
+    let subject = Subject::start();
+    let mut driver = subject.driver(&without_event_idx());
+    driver.guest.queues[0].ring().set_available_flags(VIRTQ_AVAIL_F_NO_INTERRUPT);
+    must_work_by_looking(&mut driver);
+    // A back end may call once when a ring starts, in case something was missed: that is over now.
+    take_calls(&driver);
+    for _ in 0..20 {
+        must_work_by_looking(&mut driver);
+    }
+    driver.guest.front_end.get_vring_base(0).expect("the ring can be stopped");
+    assert_eq!(take_calls(&driver), 0, "calls in spite of NO_INTERRUPT");
+}
+
+#[test]
+fn driver_that_wants_every_call_gets_them() {
+    let subject = Subject::start();
+    let mut driver = subject.driver(&without_event_idx());
+    must_work_by_looking(&mut driver);
+    for _ in 0..20 {
+        take_calls(&driver);
+        must_work_by_looking(&mut driver);
+        assert_ne!(
+            call(&driver).wait(PATIENCE).expect("the call descriptor can be read"),
+            0,
+            "a call is missing"
+        );
+    }
+}
+
+#[test]
+fn with_event_idx_the_call_comes_at_the_index_that_was_asked_for() {
+    // VIRTIO 1.3, 2.7.7.2: a notification when the used index passes used_event, and SHOULD NOT
+    // otherwise.
+    const APART: u16 = 10;
+    let subject = Subject::start();
+    let mut driver = subject.driver(&Options::default());
+    must_work_by_looking(&mut driver);
+    for round in 0..5 {
+        let used = driver.guest.queues[0].ring().used_index();
+        driver.guest.queues[0].ring().set_used_event(used.wrapping_add(APART - 1));
+        take_calls(&driver);
+        for _ in 0..APART {
+            must_work_by_looking(&mut driver);
+        }
+        assert_eq!(
+            call(&driver).wait(PATIENCE).expect("the call descriptor can be read"),
+            1,
+            "calls in round {round}"
+        );
+    }
+}
+
+#[test]
+fn idle_device_asks_for_kicks() {
+    // VIRTIO 1.3, 2.7.10: else the driver need not kick, and both sleep.
+    let subject = Subject::start();
+    for options in [Options::default(), without_event_idx()] {
+        let mut driver = subject.driver(&options);
+        for _ in 0..200 {
+            driver.submit(0, &Request::read(0, SECTOR_BYTES));
+            let queue = &driver.guest.queues[0];
+            let ring = queue.ring();
+            ring.full_barrier();
+            let wanted = if options.features & VIRTIO_F_EVENT_IDX == 0 {
+                ring.used_flags() & VIRTQ_USED_F_NO_NOTIFY == 0
+            } else {
+                ring.available_event() == queue.next_available().wrapping_sub(1)
+            };
+            if wanted {
+                driver.kick(0).expect("the device can be kicked");
+            }
+            // A device that wants no kick is looking, and finds the request by itself.
+            driver.complete(0).expect("the request ends");
+        }
+    }
+}
+
+#[test]
+fn descriptors_can_be_changed_while_the_ring_runs() {
+    // vhost-user, "Ring states": the back end must support changing some configuration aspects on
+    // the fly.
+    let subject = Subject::start();
+    let mut driver = subject.driver(&Options::default());
+    must_work(&mut driver, 0);
+    let front_end = &driver.guest.front_end;
+    let (kick, call) = (Notifier::eventfd().expect("eventfds"), Notifier::pipe().expect("pipes"));
+    front_end
+        .set_vring_fd(VHOST_USER_SET_VRING_CALL, 0, Some(call.back_end_fd()))
+        .expect("the call descriptor can be changed");
+    front_end
+        .set_vring_fd(VHOST_USER_SET_VRING_KICK, 0, Some(kick.back_end_fd()))
+        .expect("the kick descriptor can be changed");
+    let used = driver.guest.queues[0].ring().used_index();
+    driver.guest.queues[0].ring().set_used_event(used);
+    driver.submit(0, &Request::read(0, SECTOR_BYTES));
+    kick.signal().expect("the device can be kicked");
+    assert_eq!(
+        call.wait(PATIENCE).expect("the call descriptor can be read"),
+        1,
+        "no call over the new descriptor"
+    );
+    assert_eq!(driver.complete_by_looking(0).expect("the request ends").1.status, VIRTIO_BLK_S_OK);
+}
+
+fn call(driver: &BlockDriver) -> &Notifier {
+    driver.guest.queues[0].call_notifier().expect("the queue has a call descriptor")
+}
+
+fn take_calls(driver: &BlockDriver) -> u64 {
+    call(driver).wait(Duration::ZERO).expect("the call descriptor can be read")
+}

@@ -1,0 +1,204 @@
+//! The back end under test: a process of its own with a temporary disk, and the checks that every
+//! case ends with.
+//!
+//! By default it is our `vhost-blk`, started by the harness. With `OUTBOARD_CONFORMANCE_COMMAND`
+//! set it is another program, so that a verdict can be checked on a peer: a command line for `sh`
+//! in which `$SOCKET` and `$IMAGE` stand for the paths. Options that a test wants of our daemon
+//! mean nothing to such a program, which must offer two queues and a writable disk by itself; the
+//! suites about our own command line skip then.
+
+use crate::launch;
+use frontend::block::{BlockDriver, Request, SECTOR_BYTES, VIRTIO_BLK_S_OK};
+use frontend::guest::Options;
+use frontend::wire::PATIENCE;
+use frontend::{Error, front_end::FrontEnd};
+use rustix::process::Signal;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Instant;
+use tests::{Daemon, DaemonCommand, TempDir, temp_dir};
+
+/// Names the command line of another back end.
+const COMMAND_VARIABLE: &str = "OUTBOARD_CONFORMANCE_COMMAND";
+/// Length of every subject's disk: room for a discard of some size, and quick to make.
+pub(crate) const DISK_BYTES: usize = 16 << 20;
+/// The same in sectors.
+pub(crate) const DISK_SECTORS: u64 = (DISK_BYTES / SECTOR_BYTES) as u64;
+/// Queues that every subject has.
+pub(crate) const QUEUE_COUNT: u16 = 2;
+
+/// Says why a suite about our own command line has nothing to test, if it is so.
+pub(crate) fn is_another_program() -> bool {
+    let another = std::env::var_os(COMMAND_VARIABLE).is_some();
+    if another {
+        eprintln!("skipped: {COMMAND_VARIABLE} names a program with another command line");
+    }
+    another
+}
+
+#[derive(Debug)]
+enum Process {
+    Ours(Daemon),
+    Another(launch::Process),
+}
+
+/// A running back end and its disk.
+#[derive(Debug)]
+pub(crate) struct Subject {
+    process: Process,
+    socket: PathBuf,
+    directory: TempDir,
+}
+
+impl Subject {
+    /// The back end on an empty disk.
+    pub(crate) fn start() -> Self {
+        Subject::with_options(&[])
+    }
+
+    /// The back end with further options for our daemon.
+    pub(crate) fn with_options(options: &[&str]) -> Self {
+        let directory = temp_dir();
+        make_disk(directory.path());
+        let socket = directory.path().join("socket");
+        let image = directory.path().join("disk");
+        let process = match std::env::var(COMMAND_VARIABLE) {
+            Ok(command) => Process::Another(start_another(&command, &socket, &image)),
+            Err(_) => Process::Ours(ours(directory.path(), options).start()),
+        };
+        Subject { process, socket, directory }
+    }
+
+    /// The vhost-user socket.
+    pub(crate) fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// The control socket, if it is our daemon.
+    pub(crate) fn control(&self) -> PathBuf {
+        self.directory.path().join("control")
+    }
+
+    /// The image behind the disk.
+    pub(crate) fn image(&self) -> PathBuf {
+        self.directory.path().join("disk")
+    }
+
+    /// Bytes of the image as the host sees them.
+    pub(crate) fn image_bytes(&self, offset_bytes: u64, size_bytes: usize) -> Vec<u8> {
+        let mut bytes = vec![0; size_bytes];
+        let image = File::open(self.image()).expect("the image is ours");
+        image.read_exact_at(&mut bytes, offset_bytes).expect("the image is as long as it was made");
+        bytes
+    }
+
+    /// The process id.
+    pub(crate) fn id(&self) -> u32 {
+        match &self.process {
+            Process::Ours(daemon) => daemon.id(),
+            Process::Another(process) => process.id(),
+        }
+    }
+
+    /// Sends a signal to our daemon.
+    pub(crate) fn signal(&self, signal: Signal) {
+        match &self.process {
+            Process::Ours(daemon) => daemon.signal(signal),
+            Process::Another(_) => panic!("this suite is about our own daemon"),
+        }
+    }
+
+    /// The process as the harness knows it, for the suites about our own command line.
+    pub(crate) fn into_daemon(self) -> (Daemon, TempDir) {
+        match self.process {
+            Process::Ours(daemon) => (daemon, self.directory),
+            Process::Another(_) => panic!("this suite is about our own daemon"),
+        }
+    }
+
+    /// Entries of a directory of the process in `/proc`: its descriptors (`fd`) or its threads
+    /// (`task`).
+    pub(crate) fn count(&self, what: &str) -> usize {
+        let directory = format!("/proc/{}/{what}", self.id());
+        std::fs::read_dir(&directory).expect("the process lives").count()
+    }
+
+    /// A connection that is being served: one that comes while the last front end's session is
+    /// still ending may be turned away.
+    pub(crate) fn connect(&self) -> FrontEnd {
+        self.when_free(|| {
+            let front_end = FrontEnd::connect(self.socket())?;
+            front_end.barrier().map(|()| front_end)
+        })
+    }
+
+    /// A driver with running queues.
+    pub(crate) fn driver(&self, options: &Options) -> BlockDriver {
+        self.when_free(|| BlockDriver::start(self.socket(), options))
+    }
+
+    fn when_free<T>(&self, attempt: impl Fn() -> Result<T, Error>) -> T {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            match attempt() {
+                Ok(served) => return served,
+                Err(Error::HangUp | Error::System(_)) if Instant::now() < deadline => {
+                    std::thread::yield_now()
+                }
+                Err(error) => panic!("the back end does not serve this front end: {error}"),
+            }
+        }
+    }
+
+    /// What every hostile case ends with: the process lives, and serves the next front end.
+    pub(crate) fn must_serve_the_next(&mut self) {
+        let lives = match &mut self.process {
+            Process::Ours(daemon) => daemon.is_running(),
+            Process::Another(process) => process.is_running(),
+        };
+        assert!(lives, "the back end has died");
+        let mut driver = self.driver(&Options::default());
+        must_work(&mut driver, 0);
+    }
+}
+
+/// A queue does what it is for: what it writes, it reads.
+pub(crate) fn must_work(driver: &mut BlockDriver, queue: u16) {
+    let data: Vec<u8> = (0..2 * SECTOR_BYTES)
+        .map(|at| u8::try_from((at * 7 + at / 256) % 256).unwrap_or(0))
+        .collect();
+    let sector = DISK_SECTORS - 2 - 2 * u64::from(queue);
+    let written = driver.perform(queue, &Request::write(sector, &data)).expect("a write ends");
+    assert_eq!(written.status, VIRTIO_BLK_S_OK, "write on queue {queue}");
+    let read = driver.perform(queue, &Request::read(sector, data.len())).expect("a read ends");
+    assert_eq!(read.status, VIRTIO_BLK_S_OK, "read on queue {queue}");
+    assert!(read.data == data, "queue {queue} reads something else than it wrote");
+}
+
+/// Our daemon's command, on the disk in `directory`.
+pub(crate) fn ours(directory: &Path, options: &[&str]) -> DaemonCommand {
+    let command = DaemonCommand::block(&directory.join("disk")).socket(&directory.join("socket"));
+    let command = command.argument("--control").argument(directory.join("control"));
+    let has_queue_count = options.contains(&"--num-queues");
+    let count = QUEUE_COUNT.to_string();
+    let queues: &[&str] = if has_queue_count { &[] } else { &["--num-queues", &count] };
+    queues.iter().chain(options).fold(command, |command, option| command.argument(option))
+}
+
+/// An empty disk image in `directory`.
+pub(crate) fn make_disk(directory: &Path) -> PathBuf {
+    let path = directory.join("disk");
+    tests::DiskImage::sparse(&path, DISK_BYTES as u64);
+    path
+}
+
+fn start_another(command: &str, socket: &Path, image: &Path) -> launch::Process {
+    let mut shell = Command::new("sh");
+    shell.args(["-c", &format!("exec {command}")]).env("SOCKET", socket).env("IMAGE", image);
+    let mut process = launch::Process::spawn(shell.stdin(Stdio::null()).stdout(Stdio::null()))
+        .expect("there is a shell");
+    process.wait_for_socket(socket);
+    process
+}

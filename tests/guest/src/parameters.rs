@@ -1,0 +1,82 @@
+//! The words of the kernel command line that are for us.
+//!
+//! | word | meaning |
+//! |---|---|
+//! | `check=NAME` | which check to run (`checks`) |
+//! | `disk=PATH` | the block device, `/dev/vda` unless given |
+//! | `size_bytes=N` | the size that the disk must have |
+//! | `serial=TEXT` | the serial number that it must have |
+//! | `seed=N` | of the pattern to write |
+//! | `queues=N` | how many request queues the driver must have set up |
+
+use std::fs;
+use std::path::PathBuf;
+
+use crate::checks::Failure;
+
+/// The parsed command line. What a check needs and was not given is its failure, not a default.
+#[derive(Debug)]
+pub(crate) struct Parameters {
+    pub(crate) check: String,
+    pub(crate) disk: PathBuf,
+    pub(crate) size_bytes: Option<u64>,
+    pub(crate) serial: Option<String>,
+    pub(crate) seed: Option<u64>,
+    pub(crate) queues: Option<usize>,
+}
+
+impl Parameters {
+    /// Reads `/proc/cmdline`.
+    pub(crate) fn read() -> Result<Self, Failure> {
+        Self::parse(&fs::read_to_string("/proc/cmdline")?)
+    }
+
+    fn parse(command_line: &str) -> Result<Self, Failure> {
+        let mut parameters = Self {
+            check: String::new(),
+            disk: "/dev/vda".into(),
+            size_bytes: None,
+            serial: None,
+            seed: None,
+            queues: None,
+        };
+        for (name, value) in command_line.split_whitespace().filter_map(|word| word.split_once('='))
+        {
+            match name {
+                "check" => value.clone_into(&mut parameters.check),
+                "disk" => parameters.disk = value.into(),
+                "size_bytes" => parameters.size_bytes = Some(value.parse()?),
+                "serial" => parameters.serial = Some(value.to_owned()),
+                "seed" => parameters.seed = Some(value.parse()?),
+                "queues" => parameters.queues = Some(value.parse()?),
+                // The rest is the kernel's.
+                _ => {}
+            }
+        }
+        Ok(parameters)
+    }
+
+    /// The seed, which the check cannot do without.
+    pub(crate) fn seed(&self) -> Result<u64, Failure> {
+        self.seed.ok_or_else(|| "the check needs seed= on the command line".into())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Parameters;
+
+    #[test]
+    fn words_of_the_kernel_are_passed_over() {
+        let parameters = Parameters::parse("console=ttyS0 quiet check=read seed=7 root=/dev/vdb\n")
+            .expect("valid");
+        assert_eq!(parameters.check, "read");
+        assert_eq!(parameters.seed, Some(7));
+        assert_eq!(parameters.disk.to_str(), Some("/dev/vda"));
+    }
+
+    #[test]
+    fn a_number_that_is_none_is_refused() {
+        assert!(Parameters::parse("check=read seed=seven").is_err());
+    }
+}

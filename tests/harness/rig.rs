@@ -1,0 +1,105 @@
+//! Where `tests/rig/setup` has put kernels, emulators and file system tools.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::requirement::cannot_run;
+
+/// The unpacked packages. See `tests/rig/README.md` for the layout.
+#[derive(Debug)]
+pub struct Rig {
+    directory: PathBuf,
+}
+
+impl Rig {
+    /// The rig, or `None` where it has not been set up, which the caller takes as "cannot run here".
+    ///
+    /// # Panics
+    /// Where `REQUIRE_ALL=1` demands it.
+    pub fn find() -> Option<Self> {
+        let directory = std::env::var_os("OUTBOARD_RIG_DIR").map_or_else(
+            || Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/rig"),
+            PathBuf::from,
+        );
+        if directory.join("stamp").is_file() {
+            let directory =
+                directory.canonicalize().expect("a directory that holds a file has a path");
+            return Some(Self { directory });
+        }
+        cannot_run(&format!("{} is not set up: run tests/rig/setup", directory.display()));
+        None
+    }
+
+    /// The path of a file of the packages, as it would be on a system that has them installed.
+    pub fn path(&self, below_root: &str) -> PathBuf {
+        self.directory.join("root").join(below_root)
+    }
+
+    /// A command that runs one of the rig's tools on the host, with the rig's tools first in its search path.
+    pub fn tool(&self, name: &str) -> Command {
+        let bin = self.directory.join("bin");
+        let mut path = bin.clone().into_os_string();
+        path.push(":");
+        path.push(std::env::var_os("PATH").unwrap_or_default());
+        let mut command = Command::new(bin.join(name));
+        command.env("PATH", path);
+        command
+    }
+
+    /// The kernel that runs under an emulator.
+    ///
+    /// # Panics
+    /// If the package has not exactly one.
+    pub fn kernel(&self) -> PathBuf {
+        let is_kernel = |path: &Path| {
+            path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("vmlinuz-"))
+        };
+        only(&self.path("boot"), is_kernel)
+    }
+
+    /// A module of that kernel, by its name without `.ko`.
+    ///
+    /// # Panics
+    /// If there is not exactly one.
+    pub fn kernel_module(&self, name: &str) -> PathBuf {
+        find_module(&only(&self.path("lib/modules"), |_| true), name)
+    }
+
+    /// A module of the User-Mode Linux kernel, by its name without `.ko`.
+    ///
+    /// # Panics
+    /// If there is not exactly one.
+    pub fn uml_module(&self, name: &str) -> PathBuf {
+        find_module(&only(&self.path("usr/lib/uml/modules"), |_| true), name)
+    }
+}
+
+fn only(directory: &Path, wanted: impl Fn(&Path) -> bool) -> PathBuf {
+    let entries = fs::read_dir(directory)
+        .unwrap_or_else(|error| panic!("cannot list {}: {error}", directory.display()));
+    let mut found: Vec<_> = entries
+        .map(|entry| entry.expect("a listed entry").path())
+        .filter(|path| wanted(path))
+        .collect();
+    assert!(found.len() == 1, "one entry expected in {}, found {found:?}", directory.display());
+    found.remove(0)
+}
+
+fn find_module(tree: &Path, name: &str) -> PathBuf {
+    let file_name = format!("{name}.ko");
+    let mut directories = vec![tree.to_owned()];
+    while let Some(directory) = directories.pop() {
+        let entries = fs::read_dir(&directory)
+            .unwrap_or_else(|error| panic!("cannot list {}: {error}", directory.display()));
+        for entry in entries {
+            let entry = entry.expect("a listed entry");
+            if entry.file_type().expect("a listed entry has a type").is_dir() {
+                directories.push(entry.path());
+            } else if entry.file_name() == file_name.as_str() {
+                return entry.path();
+            }
+        }
+    }
+    panic!("no module {file_name} below {}", tree.display());
+}
