@@ -18,7 +18,10 @@ use frontend::front_end::FrontEnd;
 use frontend::wire::Wire;
 use rustix::fs::{CWD, FileType, Mode, makedev, mknodat};
 use rustix::process::{Gid, Uid};
-use tests::{DiskImage, Machine, Rig, UserModeLinux, cannot_run, program, temp_dir, wait_for_exit};
+use tests::{
+    DiskImage, Machine, Rig, UserModeLinux, cannot_run, lacks_root, program, temp_dir,
+    wait_for_exit,
+};
 
 /// Set inside, to the directory that both sides share.
 const INSIDE: &str = "OUTBOARD_TEST_SYSTEMD";
@@ -41,8 +44,8 @@ fn installed_units_serve_a_file_and_a_loop_device_to_guests() {
 /// On the machine: prepares what only the machine has, boots systemd, judges the outcome.
 fn outside() {
     let Some(rig) = Rig::find() else { return };
-    if !rustix::process::geteuid().is_root() {
-        return cannot_run("systemd as PID 1 of a namespace, and a loop device, need root");
+    if lacks_root("systemd as PID 1 of a namespace") {
+        return;
     }
     let shared = temp_dir();
     let backing = DiskImage::patterned(&shared.path().join("backing"), DISK_BYTES, 11);

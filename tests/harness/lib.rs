@@ -20,7 +20,7 @@ pub use deadline::wait_for_exit;
 pub use disk_image::DiskImage;
 pub use initrd::Initrd;
 pub use machine::Machine;
-pub use requirement::cannot_run;
+pub use requirement::{cannot_run, lacks_root};
 pub use rig::Rig;
 pub use tempfile::TempDir;
 pub use user_mode_linux::UserModeLinux;

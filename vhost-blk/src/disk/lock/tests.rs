@@ -163,7 +163,7 @@ impl Drop for Holder {
     }
 }
 
-/// Whether a QEMU tool is installed. Where it must be (REQUIRE_QEMU=1), its absence fails the test;
+/// Whether a QEMU tool is installed. Where it must be (REQUIRE_ALL=1), its absence fails the test;
 /// else the test says that it did not run.
 fn have(tool: &str) -> bool {
     let found = Command::new(tool)
@@ -173,8 +173,8 @@ fn have(tool: &str) -> bool {
         .is_ok_and(|status| status.success());
     if !found {
         assert!(
-            std::env::var_os("REQUIRE_QEMU").is_none(),
-            "REQUIRE_QEMU is set, but {tool} cannot be run"
+            std::env::var_os("REQUIRE_ALL").is_none(),
+            "REQUIRE_ALL is set, but {tool} cannot be run"
         );
         eprintln!("skipped: {tool} (Debian: qemu-utils, qemu-system-common) is not installed");
     }
