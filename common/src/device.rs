@@ -144,6 +144,8 @@ pub(crate) struct Turn {
     pub(crate) more: bool,
     /// The device wants a chain and there is none: a kick is wanted.
     pub(crate) dry: bool,
+    /// The driver was asked for a kick, and no chain has been popped since.
+    pub(crate) armed: bool,
     /// Operations that have not ended.
     pub(crate) operations: u32,
     /// The ring takes no more chains: it is being stopped.
@@ -170,6 +172,8 @@ impl QueueIo<'_> {
         match self.ring.pop(self.state.now_ns) {
             Ok(Some(chain)) => {
                 self.state.budget -= 1;
+                // The driver's next kick may be behind us: it is asked for anew before a sleep.
+                self.state.armed = false;
                 return Some(chain);
             }
             Ok(None) => self.state.dry = true,

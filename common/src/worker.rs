@@ -210,7 +210,7 @@ fn spawn<D: Device>(
     device: Arc<D>,
     events: mpsc::Sender<WorkerEvent>,
 ) -> Result<Thread<D::Queue>, EngineError> {
-    let mailbox = Mailbox::new().map_err(|error| EngineError::Setup(error.into()))?;
+    let mailbox = Mailbox::new().map_err(|error| EngineError::Worker(error.into()))?;
     let mailbox = Arc::new(mailbox);
     let (ready, is_ready) = std::sync::mpsc::channel();
     let handle = std::thread::Builder::new().name(format!("worker-{number}")).spawn({
@@ -230,11 +230,11 @@ fn spawn<D: Device>(
             }
         }
     });
-    let handle = handle.map_err(EngineError::Setup)?;
+    let handle = handle.map_err(EngineError::Worker)?;
     match is_ready.recv() {
         Ok(Ok(())) => Ok(Thread { mailbox, handle }),
         Ok(Err(error)) => Err(error),
-        Err(gone) => Err(EngineError::Setup(std::io::Error::other(gone))),
+        Err(gone) => Err(EngineError::Worker(std::io::Error::other(gone))),
     }
 }
 
@@ -248,7 +248,12 @@ struct Worker<D: Device> {
 
 impl<D: Device> Worker<D> {
     fn run(mut self) {
-        if let Err(fault) = self.turns() {
+        let ended = self.turns();
+        self.mailbox.close();
+        if let Err(fault) = ended {
+            for ring in self.rings.drain(..).flatten() {
+                ring.abandon();
+            }
             tell(&self.events, WorkerEvent::EngineFailed(fault));
         }
     }
@@ -271,9 +276,15 @@ impl<D: Device> Worker<D> {
                 popped |= ring.process(now_ns, &mut self.engine);
             }
             self.close_turn()?;
+            // Kicks are not asked for while a turn does not sleep, so look: another ring's work
+            // must not starve this one.
+            self.look_for_chains();
             match self.how_long(popped, &mut idle) {
                 Wait::Forever => self.rest(&mut spin, &mut events)?,
-                wait => self.engine.turn(wait, &mut events)?,
+                Wait::AtMost(limit) if self.arm() => {
+                    self.engine.turn(Wait::AtMost(limit), &mut events)?;
+                }
+                Wait::AtMost(_) | Wait::No => self.engine.turn(Wait::No, &mut events)?,
             }
         }
     }
@@ -283,26 +294,34 @@ impl<D: Device> Worker<D> {
         if spin.is_worth_it() {
             self.engine.send()?;
             let Self { engine, rings, .. } = self;
-            let found = spin.look(|| {
-                let chains = rings.iter_mut().flatten().filter(|ring| ring.has_chains());
-                let waiting = chains.map(ActiveRing::look).count() > 0;
-                waiting || engine.has_events()
-            });
-            if found && !self.engine.has_events() {
-                return Ok(());
-            }
+            let found = spin
+                .look(|| rings.iter().flatten().any(ActiveRing::has_chains) || engine.has_events());
             if found {
-                return self.engine.turn(Wait::No, events);
+                self.look_for_chains();
+                let events_wait = self.engine.has_events();
+                return if events_wait { self.engine.turn(Wait::No, events) } else { Ok(()) };
             }
         }
-        self.rings.iter_mut().flatten().for_each(ActiveRing::arm);
-        if self.rings.iter().flatten().any(ActiveRing::is_runnable) {
+        if !self.arm() {
             return self.engine.turn(Wait::No, events);
         }
         let asleep = Instant::now();
         self.engine.turn(Wait::Forever, events)?;
         spin.slept(asleep.elapsed());
         Ok(())
+    }
+
+    /// Finds rings whose driver has made chains available that the device waits for.
+    fn look_for_chains(&mut self) {
+        for ring in self.rings.iter_mut().flatten().filter(|ring| ring.has_chains()) {
+            ring.look();
+        }
+    }
+
+    /// Before a sleep: asks for kicks; false when there is work already.
+    fn arm(&mut self) -> bool {
+        self.rings.iter_mut().flatten().for_each(ActiveRing::arm);
+        !self.rings.iter().flatten().any(ActiveRing::is_runnable)
     }
 
     fn now_ns(&self) -> u64 {
@@ -327,6 +346,7 @@ impl<D: Device> Worker<D> {
                 }
             }
             Subject::Mail => {
+                event.outcome()?;
                 if !event.more {
                     self.engine.watch(Subject::Mail, self.mailbox.bell())?;
                 }
@@ -347,7 +367,7 @@ impl<D: Device> Worker<D> {
             let (index, command) = match command {
                 Command::Quit => return Ok(false),
                 Command::Start(mut ring) => {
-                    ring.watch(&mut self.engine)?;
+                    ring.start(&mut self.engine)?;
                     let index = usize::from(ring.index());
                     self.rings[index] = Some(*ring);
                     continue;

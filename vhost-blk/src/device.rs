@@ -165,7 +165,11 @@ impl BlockQueue {
             Request::Write { .. } => (io.readable(&chain).len_bytes() - HEADER_BYTES) as u64,
             _ => 0,
         };
-        let is_nothing = matches!(step, Step::Transfer) && len_bytes == 0;
+        let is_nothing = match step {
+            Step::Transfer => len_bytes == 0,
+            Step::Zero { .. } => segments.is_empty(),
+            Step::Sync => false,
+        };
         let work = Work { chain, request, step, len_bytes, done: 0 };
         if self.disk.file().is_none() || is_nothing {
             return self.finish(Work { done: len_bytes, ..work }, Ok(()), io);
@@ -213,7 +217,9 @@ impl BlockQueue {
             (_, Err(Errno::INTR)) => Next::Step(work),
             (Step::Sync, result) => Next::Done(work, result.map(drop)),
             // A file that ends before the disk does has been truncated by somebody.
-            (Step::Transfer, Ok(0)) => Next::Done(work, Err(Errno::NODATA)),
+            (Step::Transfer | Step::Zero { zeroing: Zeroing::Write, .. }, Ok(0)) => {
+                Next::Done(work, Err(Errno::NODATA))
+            }
             (Step::Transfer, Ok(bytes)) => {
                 work.done += u64::from(bytes);
                 if work.done < work.len_bytes { Next::Step(work) } else { Next::Done(work, Ok(())) }
@@ -224,7 +230,7 @@ impl BlockQueue {
                     if zeroing == Zeroing::Write { u64::from(bytes) } else { range.len_bytes };
                 work.done += step;
                 let from = from + step;
-                work.step = if from < range.len_bytes && step > 0 {
+                work.step = if from < range.len_bytes {
                     Step::Zero { segment, from, zeroing }
                 } else if let Some(next) = segments.get(segment + 1) {
                     let zeroing = first_choice(work.request, Some(next));

@@ -29,7 +29,12 @@ fn main() -> ExitCode {
         Err(error) => error.exit(),
     };
     serve::run(&options.daemon, || {
-        let disk = Disk::open(&options.disk, options.open)?;
-        Ok::<_, OpenError>(BlockDevice::new(disk, options.serial, options.queues))
+        let disk = Disk::open(&options.disk, options.open).map_err(NoDisk)?;
+        Ok::<_, NoDisk>(BlockDevice::new(disk, options.serial, options.queues))
     })
 }
+
+/// The disk cannot be served; the source says why.
+#[derive(Debug, thiserror::Error)]
+#[error("no disk (--blk-file, --disk)")]
+struct NoDisk(#[source] OpenError);

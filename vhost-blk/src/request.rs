@@ -203,6 +203,8 @@ fn parse_segments(
         let len_bytes = u64::from(sectors).saturating_mul(SECTOR_BYTES);
         let offset = usize::try_from(len_bytes).ok().and_then(|len| range(disk, sector, len));
         match offset {
+            // Nothing to do, and the host would take it for a mistake.
+            Some(_) if sectors == 0 => {}
             Some(offset) if sectors <= max_sectors => {
                 segments.push(Segment { offset, len_bytes, unmap: flags != 0 });
             }

@@ -44,6 +44,9 @@ const MAX_REQUEST_BYTES: usize = 64 * 1024;
 /// How long a client may take to read one answer. It is local, and the answer is computed already.
 const REPLY_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// How long a client may say nothing: one that forgot to hang up must not keep its place for ever.
+const IDLE_MAX: Duration = Duration::from_secs(300);
+
 /// Pause after a failed accept (no descriptors left, in general), which would fail again at once.
 const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
 
@@ -134,7 +137,8 @@ enum Line {
 impl Client {
     async fn serve(mut self) -> Result<(), ClientError> {
         loop {
-            let line = match self.read_line(MAX_REQUEST_BYTES).await? {
+            let read = timeout(IDLE_MAX, self.read_line(MAX_REQUEST_BYTES)).await;
+            let line = match read.unwrap_or(Ok(Line::HangUp))? {
                 Line::Complete(line) => line,
                 Line::TooLong => {
                     let error = format!("the line is longer than {MAX_REQUEST_BYTES} bytes");

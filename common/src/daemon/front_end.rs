@@ -23,10 +23,8 @@ use crate::worker::{RingStart, WorkerEvent, Workers};
 
 /// How long a front end may leave a reply unread.
 const REPLY_MAX: Duration = Duration::from_secs(10);
-/// Lines that a guest or the host's faults may write to the log in [`LOG_INTERVAL`].
-const LOG_LINES: u32 = 5;
-/// The interval of [`LOG_LINES`].
-const LOG_INTERVAL: Duration = Duration::from_secs(5);
+/// How long the front end may be kept waiting before the log says for what.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Why a session ended.
 #[derive(Debug, thiserror::Error)]
@@ -86,7 +84,9 @@ pub(super) struct FrontEnd<'a, D: Device> {
     metrics: &'a Metrics,
     memory: Arc<MemoryMap>,
     channel: Option<BackendChannel>,
-    gate: RateLimit,
+    gate: &'a mut RateLimit,
+    /// The rings of which the log has said that they wait for memory.
+    waiting: Vec<u16>,
 }
 
 impl<'a, D: Device> FrontEnd<'a, D> {
@@ -95,6 +95,7 @@ impl<'a, D: Device> FrontEnd<'a, D> {
         device: &'a D,
         workers: &'a mut Workers<D>,
         metrics: &'a Metrics,
+        gate: &'a mut RateLimit,
     ) -> std::io::Result<Self> {
         let session = Session::new(Offer {
             features: device.features(),
@@ -109,7 +110,8 @@ impl<'a, D: Device> FrontEnd<'a, D> {
             metrics,
             memory: Arc::new(MemoryMap::empty()),
             channel: None,
-            gate: RateLimit::new(LOG_LINES, LOG_INTERVAL),
+            gate,
+            waiting: Vec::new(),
         })
     }
 
@@ -137,7 +139,19 @@ impl<'a, D: Device> FrontEnd<'a, D> {
 
     /// Stops all rings: returns when nothing is in flight.
     pub(super) async fn drain(self) {
-        self.workers.stop_rings().await;
+        patiently("the requests in flight", self.workers.stop_rings()).await;
+    }
+
+    /// Tells the log why the session ended.
+    pub(super) fn say_farewell(&mut self, end: &End) {
+        if matches!(end, End::HangUp) {
+            self.gate.log(Instant::now(), || info!("front end hung up"));
+        } else {
+            self.metrics.daemon.broken_sessions.add(1);
+            self.gate.log(Instant::now(), || {
+                warn!("session ended: {}", super::serve::chain(end));
+            });
+        }
     }
 
     /// Has the device look at what it is made of, and the front end at its configuration space if
@@ -282,15 +296,23 @@ impl<'a, D: Device> FrontEnd<'a, D> {
         let wanted = self.session.ring(index).is_some() && !self.session.ring_is_outdated(index);
         if self.is_running(index)
             && !wanted
-            && let Some(base) = self.workers.stop_ring(index).await
+            && let Some(base) = self.stop(index).await
         {
-            self.session.ring_stopped(index, base);
             debug!(ring = index, base, "stopped");
         }
         match self.session.ring(index) {
             Some(ring) if !self.is_running(index) => self.start(index, ring),
             _ => Ok(()),
         }
+    }
+
+    /// Takes a ring off its worker; its base.
+    async fn stop(&mut self, index: u16) -> Option<u16> {
+        let stopped = patiently("a ring to stop", self.workers.stop_ring(index)).await;
+        if let Some(base) = stopped {
+            self.session.ring_stopped(index, base);
+        }
+        stopped
     }
 
     fn start(&mut self, index: u16, ring: Ring) -> Result<(), Refused> {
@@ -305,17 +327,21 @@ impl<'a, D: Device> FrontEnd<'a, D> {
             call: Notifier::new(ring.call),
             error: Notifier::new(ring.error),
         };
+        let kick = Kick::new(ring.kick).map_err(|source| Refused::Ring { index, source })?;
         match Virtqueue::new(setup) {
             Ok(virtqueue) => {
-                let kick = Kick::new(ring.kick);
                 self.workers.start_ring(RingStart { index, ring: virtqueue, kick, features });
                 self.session.ring_started(index);
+                self.waiting.retain(|waiting| *waiting != index);
                 debug!(ring = index, size, base, "started");
                 Ok(())
             }
             // Some front ends describe rings before the memory that they lie in.
             Err(error @ RingError::Unmapped { .. }) => {
-                info!(ring = index, "ring waits for memory: {}", super::serve::chain(&error));
+                if !self.waiting.contains(&index) {
+                    self.waiting.push(index);
+                    info!(ring = index, "ring waits for memory: {}", super::serve::chain(&error));
+                }
                 Ok(())
             }
             Err(source) => Err(Refused::Ring { index, source }),
@@ -326,7 +352,18 @@ impl<'a, D: Device> FrontEnd<'a, D> {
     async fn replace_memory(&mut self, slots: Vec<MemorySlot>) -> Result<(), Refused> {
         let regions = slots.iter().map(|slot| self.region(slot)).collect::<Result<_, _>>()?;
         let memory = Arc::new(MemoryMap::new(regions)?);
-        self.workers.set_memory(&memory).await;
+        // A ring whose own memory goes must not be touched any more; it goes on from where it was
+        // when its memory comes back, in this message or in a later one.
+        for index in 0..self.session.ring_count() {
+            let homeless = self
+                .session
+                .ring(index)
+                .is_some_and(|ring| !ring.addresses.lie_in(ring.size, &memory));
+            if homeless && self.is_running(index) {
+                self.stop(index).await;
+            }
+        }
+        patiently("requests that use the old memory", self.workers.set_memory(&memory)).await;
         self.memory = memory;
         self.session.commit_memory(slots);
         self.settle_all().await
@@ -343,13 +380,27 @@ impl<'a, D: Device> FrontEnd<'a, D> {
         }
     }
 
-    /// The reply to `GET_CONFIG`: the request's offset, size and flags again, then the bytes.
+    /// The reply to `GET_CONFIG`: the request's offset and size again, no flags, then the bytes.
     fn read_config(&self, offset: u32, len_bytes: u32) -> Vec<u8> {
         let mut body = [offset.to_ne_bytes(), len_bytes.to_ne_bytes(), [0; 4]].concat();
         let head = body.len();
         body.resize(head + len_bytes as usize, 0);
         self.device.read_config(offset, &mut body[head..]);
         body
+    }
+}
+
+/// Waits, and tells the log every so often for what.
+async fn patiently<T>(what: &str, done: impl Future<Output = T>) -> T {
+    tokio::pin!(done);
+    let began = Instant::now();
+    loop {
+        match timeout(PATIENCE, &mut done).await {
+            Ok(done) => return done,
+            Err(_elapsed) => {
+                warn!("waiting for {what}, {} s so far", began.elapsed().as_secs());
+            }
+        }
     }
 }
 

@@ -2,13 +2,13 @@
 //!
 //! A daemon has one vhost-user socket, which comes from exactly one of `--socket-path`, `--fd` and
 //! the service manager (`LISTEN_FDS`), and at most one control socket, from `--control` or from the
-//! service manager under the name `control`. [`open`] yields both or says which option is wrong and
-//! why. What it creates obeys one set of access rules ([`SocketFile`]); what it inherits is checked
+//! service manager under the name `control`. [`claim`] takes over what was passed, and
+//! [`Claimed::listen`] creates the rest; both say which option is wrong and why. What it creates obeys one set of access rules ([`SocketFile`]); what it inherits is checked
 //! to be what it should be, and then owned ([`inherited`]).
 //!
-//! Contract: to be called once, after the options are parsed and before anything else opens files,
-//! since a descriptor number that the options name must not mean a file of our own. It deliberately
-//! neither accepts nor reads.
+//! Contract: `claim` is called once, after the options are parsed and before anything else opens
+//! files, since a descriptor number that the options name must not mean a file of our own; `listen`
+//! when everything else is open, since who connects is to be served. Neither accepts nor reads.
 
 mod inherited;
 mod socket_file;
@@ -190,31 +190,57 @@ enum Place<'a> {
     Inherit(RawFd),
 }
 
-impl Source<'_> {
-    fn obtain(&self, access: Access) -> Result<Endpoint, ListenError> {
-        match self.place {
-            Place::Create(path) => {
-                socket_file::listen_at(&self.origin, path, access).map(Endpoint::Listening)
+/// The descriptors that were passed are ours; the sockets that the options name do not exist yet.
+pub struct Claimed<'a> {
+    vhost_user: Claim<'a>,
+    control: Option<Claim<'a>>,
+    access: Access,
+}
+
+enum Claim<'a> {
+    Inherited(Origin, Endpoint),
+    Path(Origin, &'a Path),
+}
+
+impl<'a> Source<'a> {
+    fn claim(self) -> Result<Claim<'a>, ListenError> {
+        Ok(match self.place {
+            Place::Create(path) => Claim::Path(self.origin, path),
+            Place::Inherit(fd) => {
+                let endpoint = inherited::take(&self.origin, fd)?;
+                Claim::Inherited(self.origin, endpoint)
             }
-            Place::Inherit(fd) => inherited::take(&self.origin, fd),
-        }
+        })
     }
 }
 
-/// Opens the sockets that `options` and the service manager's environment variables ask for.
-///
-/// # Errors
-/// Says which option or descriptor is wrong; sockets created before the error are removed again.
-pub fn open(options: &DaemonOptions) -> Result<Sockets, ListenError> {
-    let passed = sd_notify::listen_fds_with_names().map_err(ListenError::ServiceManager)?;
-    open_with(options, passed)
+impl Claim<'_> {
+    fn listen(self, access: Access) -> Result<(Origin, Endpoint), ListenError> {
+        Ok(match self {
+            Claim::Inherited(origin, endpoint) => (origin, endpoint),
+            Claim::Path(origin, path) => {
+                let listener = socket_file::listen_at(&origin, path, access)?;
+                (origin, Endpoint::Listening(listener))
+            }
+        })
+    }
 }
 
-/// [`open`] with the service manager's descriptors given: their numbers and names.
-fn open_with(
+/// Takes over the descriptors that `options` and the service manager's environment variables
+/// name.
+///
+/// # Errors
+/// Says which option or descriptor is wrong.
+pub fn claim(options: &DaemonOptions) -> Result<Claimed<'_>, ListenError> {
+    let passed = sd_notify::listen_fds_with_names().map_err(ListenError::ServiceManager)?;
+    claim_with(options, passed)
+}
+
+/// [`claim`] with the service manager's descriptors given: their numbers and names.
+fn claim_with(
     options: &DaemonOptions,
     passed: impl Iterator<Item = (RawFd, String)>,
-) -> Result<Sockets, ListenError> {
+) -> Result<Claimed<'_>, ListenError> {
     let at_path = |origin, path| Source { origin, place: Place::Create(path) };
     let from_fd = |origin, fd| Source { origin, place: Place::Inherit(fd) };
     let mut control = options.control.as_deref().map(|path| at_path(Origin::Control, path));
@@ -235,21 +261,29 @@ fn open_with(
         }
         *slot = Some(from_fd(origin, fd));
     }
+    Ok(Claimed {
+        vhost_user: vhost_user.ok_or(ListenError::NoSocket)?.claim()?,
+        control: control.map(Source::claim).transpose()?,
+        access: Access { mode: options.socket_mode, group: options.socket_group },
+    })
+}
 
-    let access = Access { mode: options.socket_mode, group: options.socket_group };
-    // The vhost-user socket first: --fd may be mistyped, and must not happen to name a control
-    // socket just created.
-    let vhost_user = vhost_user.ok_or(ListenError::NoSocket)?.obtain(access)?;
-    let control = match control {
-        None => None,
-        Some(source) => match source.obtain(access)? {
-            Endpoint::Listening(listener) => Some(listener),
-            Endpoint::Connected(_) => {
-                return Err(ListenError::ControlNotListening { origin: source.origin });
+impl Claimed<'_> {
+    /// Creates the sockets that the options name.
+    ///
+    /// # Errors
+    /// Says which path is wrong; sockets created before the error are removed again.
+    pub fn listen(self) -> Result<Sockets, ListenError> {
+        let (_, vhost_user) = self.vhost_user.listen(self.access)?;
+        let control = match self.control.map(|claim| claim.listen(self.access)).transpose()? {
+            None => None,
+            Some((_, Endpoint::Listening(listener))) => Some(listener),
+            Some((origin, Endpoint::Connected(_))) => {
+                return Err(ListenError::ControlNotListening { origin });
             }
-        },
-    };
-    Ok(Sockets { vhost_user, control })
+        };
+        Ok(Sockets { vhost_user, control })
+    }
 }
 
 #[cfg(test)]
@@ -264,7 +298,7 @@ mod tests {
     use clap::Parser;
     use rustix::fs::{Gid, Mode};
 
-    use super::{Endpoint, ListenError, Origin, Sockets, open, open_with};
+    use super::{Endpoint, ListenError, Origin, Sockets, claim, claim_with};
     use crate::daemon::options::DaemonOptions;
 
     #[derive(Parser)]
@@ -275,6 +309,17 @@ mod tests {
 
     /// After that long a test that waits for a hang-up has failed.
     const PATIENCE: Duration = Duration::from_secs(60);
+
+    fn open(options: &DaemonOptions) -> Result<Sockets, ListenError> {
+        claim(options)?.listen()
+    }
+
+    fn open_with(
+        options: &DaemonOptions,
+        passed: impl Iterator<Item = (RawFd, String)>,
+    ) -> Result<Sockets, ListenError> {
+        claim_with(options, passed)?.listen()
+    }
 
     fn options(arguments: &[&str]) -> DaemonOptions {
         Program::parse_from([&["program"], arguments].concat()).daemon

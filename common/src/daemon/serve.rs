@@ -6,11 +6,12 @@ use std::os::unix::net::UnixStream as StdStream;
 use std::process::ExitCode;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::net::sockopt::socket_peercred;
-use tokio::net::{UnixListener, UnixStream};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use tokio::net::UnixListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};
@@ -19,7 +20,8 @@ use tracing::{error, info, warn};
 use super::control::{self, Answers, Command, Reply};
 use super::front_end::{End, FrontEnd};
 use super::listener::{self, Endpoint, Sockets};
-use super::{DaemonOptions, log, notify};
+use super::log::{self, RateLimit};
+use super::{DaemonOptions, notify};
 use crate::device::Device;
 use crate::memory::sigbus;
 use crate::metrics::Metrics;
@@ -30,6 +32,12 @@ use crate::worker::{WorkerEvent, Workers};
 const DRAIN_MAX: Duration = Duration::from_secs(5);
 /// Pause after a failed accept (no descriptors left, in general), which would fail again at once.
 const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
+
+/// Lines that front ends, guests and faults of the host may write to the log in
+/// [`LOG_INTERVAL`].
+const LOG_LINES: u32 = 10;
+/// The interval of [`LOG_LINES`].
+const LOG_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Why a daemon ended for another reason than being told to.
 #[derive(Debug, thiserror::Error)]
@@ -64,7 +72,8 @@ fn start<D: Device, E: Error + 'static>(
     open: impl FnOnce() -> Result<D, E>,
 ) -> Result<(), Box<dyn Error>> {
     sigbus::install();
-    let sockets = listener::open(options)?;
+    raise_descriptor_limit();
+    let claimed = listener::claim(options)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     // From here on a signal waits until the daemon serves, and ends it in good order.
     let signals = {
@@ -74,7 +83,9 @@ fn start<D: Device, E: Error + 'static>(
     let device = Arc::new(open()?);
     let metrics = Arc::new(Metrics::new(D::NAME, D::KINDS, device.queue_count()));
     let (workers, events) = Workers::start(Arc::clone(&device), options.threads, &metrics)?;
-    let daemon = Daemon { device, workers, events, metrics };
+    let sockets = claimed.listen()?;
+    let gate = RateLimit::new(LOG_LINES, LOG_INTERVAL);
+    let daemon = Daemon { device, workers, events, metrics, gate };
     Ok(runtime.block_on(daemon.serve(sockets, signals))?)
 }
 
@@ -83,6 +94,19 @@ struct Daemon<D: Device> {
     workers: Workers<D>,
     events: mpsc::Receiver<WorkerEvent>,
     metrics: Arc<Metrics>,
+    /// Bounds what front ends and guests can write to the log, however often they come.
+    gate: RateLimit,
+}
+
+/// A front end may pass a descriptor for each of its memory regions and three for each ring: more
+/// than the usual soft limit, which is meant for programs that use `select`. Where it cannot be
+/// raised, whoever passes too many is refused.
+fn raise_descriptor_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit { current: limit.maximum, ..limit };
+    if let Err(error) = setrlimit(Resource::Nofile, raised) {
+        info!(%error, "the limit of open files stays as it is");
+    }
 }
 
 /// The signals that a daemon heeds.
@@ -142,10 +166,7 @@ impl<D: Device> Daemon<D> {
             }
         };
         tokio::select! {
-            ended = front_ends => {
-                notify::stopping();
-                ended
-            }
+            ended = front_ends => ended,
             never = operators => match never {},
         }
     }
@@ -164,7 +185,10 @@ impl<D: Device> Daemon<D> {
                 Some(stream) => Ok(stream),
                 None => tokio::select! {
                     accepted = listener.accept() => accepted.and_then(|(new, _)| new.into_std()),
-                    () = signals.termination.requested() => return Ok(()),
+                    () = signals.termination.requested() => {
+                        notify::stopping();
+                        return Ok(());
+                    }
                     _ = signals.refresh.recv() => {
                         self.device.refresh();
                         continue;
@@ -197,30 +221,41 @@ impl<D: Device> Daemon<D> {
         signals: &mut Signals,
     ) -> Result<Then, Failure> {
         let Signals { termination, refresh } = signals;
-        let pid = socket_peercred(&stream).map_or(0, |peer| peer.pid.as_raw_nonzero().get());
-        info!(pid, "front end connected");
-        self.metrics.daemon.sessions.add(1);
+        let Self { device, workers, events, metrics, gate } = self;
+        let pid = peer_of(&stream);
+        gate.log(Instant::now(), || info!(pid, "front end connected"));
+        metrics.daemon.sessions.add(1);
         // What workers said of the last session is no business of this one.
-        while self.events.try_recv().is_ok() {}
-        let current = stream.try_clone().map_err(Failure::Socket)?;
-        let mut front_end = FrontEnd::new(stream, &*self.device, &mut self.workers, &self.metrics)
-            .map_err(Failure::Socket)?;
-        let end = tokio::select! {
-            end = front_end.serve(&mut self.events, refresh) => Some(end),
-            () = termination.requested() => None,
-            never = turn_away(others, &current, &self.metrics) => match never {},
+        while let Ok(event) = events.try_recv() {
+            if let WorkerEvent::EngineFailed(error) = event {
+                return Err(Failure::Engine(error));
+            }
+        }
+        let opened = stream.try_clone().and_then(|current| {
+            FrontEnd::new(stream, &**device, workers, metrics, gate).map(|new| (current, new))
+        });
+        let (current, mut front_end) = match opened {
+            Ok(opened) => opened,
+            Err(error) => {
+                warn!(%error, "the front end cannot be served");
+                sleep(ACCEPT_PAUSE).await;
+                return Ok(Then::Next);
+            }
         };
+        let end = tokio::select! {
+            end = front_end.serve(events, refresh) => Some(end),
+            () = termination.requested() => None,
+            never = turn_away(others, &current, metrics) => match never {},
+        };
+        notify::status("finishing the requests in flight");
         // Whoever connects from here on waits until this session is drained.
         match end {
-            Some(End::HangUp) => info!("front end hung up"),
             // An engine that failed will not end what is in flight.
             Some(End::Engine(error)) => return Err(Failure::Engine(error)),
-            Some(end) => {
-                self.metrics.daemon.broken_sessions.add(1);
-                warn!("session ended: {}", chain(&end));
-            }
+            Some(end) => front_end.say_farewell(&end),
             None => {
                 info!("told to end");
+                notify::stopping();
                 give_up_after(DRAIN_MAX, front_end.drain()).await;
                 return Ok(Then::Exit);
             }
@@ -230,11 +265,17 @@ impl<D: Device> Daemon<D> {
         tokio::select! {
             () = &mut drained => Ok(Then::Next),
             () = termination.requested() => {
+                notify::stopping();
                 give_up_after(DRAIN_MAX, drained).await;
                 Ok(Then::Exit)
             }
         }
     }
+}
+
+/// The process at the other end of a socket; 0 if it cannot be seen from here.
+fn peer_of(stream: &StdStream) -> i32 {
+    getsockopt(stream, PeerCredentials).map_or(0, |peer| peer.pid())
 }
 
 /// What follows a session.
@@ -248,7 +289,6 @@ async fn give_up_after(limit: Duration, drained: impl Future<Output = ()>) {
     if timeout(limit, drained).await.is_err() {
         warn!("requests are still in flight after {} s, ending all the same", limit.as_secs());
         // The workers wait for the kernel, which would not let the process end in good order.
-        notify::stopping();
         std::process::exit(1);
     }
 }
@@ -262,13 +302,21 @@ async fn turn_away(
     metrics: &Metrics,
 ) -> Infallible {
     let Some((listener, next)) = others else { return std::future::pending().await };
+    let mut gate = RateLimit::new(LOG_LINES, LOG_INTERVAL);
     loop {
         match listener.accept().await {
             Ok((stream, _)) if has_hung_up(current) => {
                 *next = stream.into_std().ok();
                 return std::future::pending().await;
             }
-            Ok((stream, _)) => refuse(&stream, metrics),
+            Ok((stream, _)) => {
+                metrics.daemon.refused_front_ends.add(1);
+                let pid = stream.peer_cred().ok().and_then(|peer| peer.pid()).unwrap_or(0);
+                let served = peer_of(current);
+                gate.log(Instant::now(), || {
+                    warn!(pid, served, "refused a further front end: one is being served");
+                });
+            }
             Err(error) => {
                 warn!(%error, "a further front end cannot be refused");
                 sleep(ACCEPT_PAUSE).await;
@@ -280,12 +328,6 @@ async fn turn_away(
 fn has_hung_up(stream: &StdStream) -> bool {
     let mut fds = [PollFd::new(stream, PollFlags::RDHUP)];
     poll(&mut fds, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
-}
-
-fn refuse(stream: &UnixStream, metrics: &Metrics) {
-    metrics.daemon.refused_front_ends.add(1);
-    let pid = stream.peer_cred().ok().and_then(|peer| peer.pid()).unwrap_or(0);
-    warn!(pid, "refused a further front end: one is being served");
 }
 
 fn tokio_listener(socket: std::os::unix::net::UnixListener) -> Result<UnixListener, Failure> {

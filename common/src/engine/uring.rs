@@ -25,6 +25,8 @@ const COMPLETIONS: u32 = 2048;
 /// Buffers of one turn's vectored operations: room for several chains of the longest kind.
 const ARENA_BUFFERS: usize = 4 * MAX_CHAIN_DESCRIPTORS as usize;
 
+/// Times that a kernel short of memory is asked again to take submissions, before it is given up.
+const FLUSH_TRIES: u32 = 1000;
 /// `io_uring_enter(2)`: look for completions.
 const IORING_ENTER_GETEVENTS: u32 = 1;
 
@@ -34,9 +36,12 @@ pub enum EngineError {
     /// The kernel gave no ring.
     #[error(
         "io_uring is not available (disabled by kernel.io_uring_disabled or a seccomp filter, or \
-         the kernel is older than 5.11)"
+         the kernel is older than 5.13)"
     )]
     Setup(#[source] io::Error),
+    /// A worker's thread or mailbox could not be made.
+    #[error("a worker cannot be started")]
+    Worker(#[source] io::Error),
 }
 
 /// How long a turn may sleep.
@@ -99,6 +104,10 @@ impl Uring {
     /// # Errors
     /// The kernel refused to take the submissions that were in the way.
     pub(crate) fn submit(&mut self, queue: u16, token: Token, op: Op<'_>) -> io::Result<()> {
+        // Room first: making it later would clear the arena under a list that is not pushed yet.
+        if self.ring.submission().is_full() {
+            self.flush()?;
+        }
         let entry = match op {
             Op::Read { file, offset, into } => {
                 let (address, count) = self.list(into)?;
@@ -157,7 +166,11 @@ impl Uring {
 
     /// Whether a turn would bring something: a look at shared memory, not a system call.
     pub(crate) fn has_events(&mut self) -> bool {
-        !self.ring.completion().is_empty() || self.ring.submission().taskrun()
+        if !self.ring.completion().is_empty() {
+            return true;
+        }
+        let submission = self.ring.submission();
+        submission.taskrun() || submission.cq_overflow()
     }
 
     /// Hands what is queued to the kernel, if anything is, and waits for nothing.
@@ -184,12 +197,8 @@ impl Uring {
         };
         match entered {
             Ok(_) => {}
-            // Interrupted, timed out, or completions to be taken first: look at what there is.
-            Err(error)
-                if matches!(
-                    error.raw_os_error(),
-                    Some(libc::EINTR | libc::ETIME | libc::EBUSY | libc::EAGAIN)
-                ) => {}
+            // Look at what there is; what was not submitted is the next time.
+            Err(error) if is_passing(&error) => {}
             Err(error) => return Err(error),
         }
         if self.ring.submission().is_empty() {
@@ -272,16 +281,25 @@ impl Uring {
 
     /// Makes room: the kernel consumes all submissions, and with them the arena's lists.
     fn flush(&mut self) -> io::Result<()> {
+        let mut tries = 0;
         while !self.ring.submission().is_empty() {
-            match self.ring.submit() {
+            // Asking for completions as well lets a kernel that is short of room or memory go on.
+            match self.enter(0) {
                 Ok(_) => {}
-                Err(error) if error.raw_os_error() == Some(libc::EINTR) => {}
+                Err(error) if is_passing(&error) && tries < FLUSH_TRIES => tries += 1,
                 Err(error) => return Err(error),
             }
         }
         self.arena.clear();
         Ok(())
     }
+}
+
+/// Whether a system call may go through the next time: interrupted, timed out, or short of memory
+/// or of room for completions.
+fn is_passing(error: &io::Error) -> bool {
+    let passing = [libc::EINTR, libc::ETIME, libc::EBUSY, libc::EAGAIN];
+    error.raw_os_error().is_some_and(|errno| passing.contains(&errno))
 }
 
 /// Sets up a ring with what this kernel offers: first with completions delivered only when the
@@ -350,5 +368,69 @@ fn fallocate(target: Target, offset: u64, len: u64, mode: i32) -> squeue::Entry 
     match target {
         Target::Fixed(file) => opcode::Fallocate::new(file, len).offset(offset).mode(mode).build(),
         Target::Fd(file) => opcode::Fallocate::new(file, len).offset(offset).mode(mode).build(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::{AsFd, AsRawFd};
+    use std::os::unix::fs::FileExt;
+    use std::sync::Arc;
+
+    use super::{SUBMISSIONS, Uring, Wait};
+    use crate::engine::{FileIndex, Op, Token};
+    use crate::memory::{FrontendAddress, GuestAddress, HostBuffer, MemoryMap, Region, RegionSpec};
+    use crate::virtqueue::Buffers;
+
+    const FILE: FileIndex = FileIndex(0);
+    const PIECE: usize = 512;
+
+    /// Guest memory of which each piece is filled with its own number.
+    fn guest(pieces: u8) -> (Arc<MemoryMap>, Vec<HostBuffer>) {
+        let len_bytes = 0x10000;
+        let file = crate::memory::guest_file(len_bytes);
+        let spec = RegionSpec {
+            guest: GuestAddress(0),
+            frontend: FrontendAddress(0),
+            len_bytes,
+            file_offset_bytes: 0,
+        };
+        let region = Arc::new(Region::map(spec, file.as_fd()).unwrap());
+        let map = Arc::new(MemoryMap::new(vec![region]).unwrap());
+        let all = map.resolve_frontend(FrontendAddress(0), len_bytes).unwrap();
+        let buffers: Vec<HostBuffer> =
+            (0..pieces).map(|piece| all.slice(usize::from(piece) * PIECE, PIECE)).collect();
+        for (number, buffer) in (0..pieces).zip(&buffers) {
+            buffer.write(0, &[number; PIECE]);
+        }
+        (map, buffers)
+    }
+
+    #[test]
+    fn lists_survive_a_turn_with_more_operations_than_the_ring_has_room_for() {
+        let file = tempfile::tempfile().unwrap();
+        let mut engine = Uring::new(vec![file.as_raw_fd()]).unwrap();
+        let (_map, buffers) = guest(8);
+        for step in 0..SUBMISSIONS as u16 {
+            engine.submit(0, Token { slot: 0, step }, Op::Sync { file: FILE }).unwrap();
+        }
+        // Two lists of two buffers each: were the first one's place given up, the second would
+        // take it.
+        for (slot, pair) in buffers[..4].chunks(2).enumerate() {
+            let from = Buffers::new(pair);
+            let offset = (slot * 2 * PIECE) as u64;
+            let op = Op::Write { file: FILE, offset, from, durable: false };
+            engine.submit(0, Token { slot: 1, step: slot as u16 }, op).unwrap();
+        }
+        let mut events = Vec::new();
+        while events.len() < SUBMISSIONS as usize + 2 {
+            engine.turn(Wait::Forever, &mut events).unwrap();
+        }
+        assert!(events.iter().all(|event| event.outcome().is_ok()), "{events:?}");
+        for number in 0..4u8 {
+            let mut piece = [0xee; PIECE];
+            file.read_exact_at(&mut piece, u64::from(number) * PIECE as u64).unwrap();
+            assert_eq!(piece, [number; PIECE]);
+        }
     }
 }

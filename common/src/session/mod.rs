@@ -204,11 +204,15 @@ impl Session {
             Request::GetQueueNum => Action::Answer(u64::from(self.offer.queue_count)),
             Request::GetMaxMemSlots => Action::Answer(MAX_MEMORY_SLOTS as u64),
             Request::SetOwner => Action::Done,
-            // vhost-user, "VHOST_USER_RESET_OWNER": deprecated; front ends that send it want the
-            // rings stopped, which is what RESET_DEVICE does as well.
-            Request::ResetOwner | Request::ResetDevice => {
+            Request::ResetDevice => {
                 self.features = 0;
-                self.rings.fill_with(Vring::default);
+                self.rings.iter_mut().for_each(Vring::reset);
+                Action::Rings
+            }
+            // vhost-user, "VHOST_USER_RESET_OWNER": deprecated; a back end should ignore it, or
+            // disable all rings.
+            Request::ResetOwner => {
+                self.rings.iter_mut().for_each(Vring::disable);
                 Action::Rings
             }
             Request::SetBackendReqFd => match fds.into_iter().next() {

@@ -136,20 +136,36 @@ fn features_stay_while_rings_run() {
 }
 
 #[test]
-fn reset_forgets_rings_and_features_but_not_memory() {
-    for request in [Request::ResetDevice, Request::ResetOwner] {
-        let mut session = session();
-        negotiate(&mut session, ProtocolFeatures::RESET_DEVICE);
-        send(&mut session, Request::SetVringEnable, state(0, 1)).expect("enable");
-        describe(&mut session);
-        add_region(&mut session, 0).expect("region");
-        session.ring_started(0);
-        assert!(matches!(send(&mut session, request, Payload::Empty), Ok(Action::Rings)));
-        session.ring_stopped(0, 99);
-        assert!(session.ring(0).is_none());
-        assert_eq!((session.ring_base(0), session.features()), (0, 0));
-        assert_eq!(session.memory().len(), 1);
-    }
+fn reset_forgets_rings_and_features_but_not_memory_nor_who_to_tell() {
+    let mut session = session();
+    negotiate(&mut session, ProtocolFeatures::RESET_DEVICE);
+    let error = Payload::VringFd { index: 0, no_fd: false };
+    send_with(&mut session, Request::SetVringErr, error, vec![guest_file(0)]).expect("error");
+    send(&mut session, Request::SetVringEnable, state(0, 1)).expect("enable");
+    describe(&mut session);
+    add_region(&mut session, 0).expect("region");
+    session.ring_started(0);
+    let reset = send(&mut session, Request::ResetDevice, Payload::Empty);
+    assert!(matches!(reset, Ok(Action::Rings)));
+    session.ring_stopped(0, 99);
+    assert!(session.ring(0).is_none());
+    assert_eq!((session.ring_base(0), session.features()), (0, 0));
+    assert_eq!(session.memory().len(), 1);
+    send(&mut session, Request::SetVringEnable, state(0, 1)).expect("enable");
+    describe(&mut session);
+    assert!(session.ring(0).expect("all is said again").error.is_some());
+}
+
+#[test]
+fn reset_owner_disables_rings_and_forgets_nothing() {
+    let mut session = session();
+    negotiate(&mut session, ProtocolFeatures::empty());
+    send(&mut session, Request::SetVringEnable, state(0, 1)).expect("enable");
+    describe(&mut session);
+    assert!(matches!(send(&mut session, Request::ResetOwner, Payload::Empty), Ok(Action::Rings)));
+    assert!(session.ring(0).is_none());
+    send(&mut session, Request::SetVringEnable, state(0, 1)).expect("enable");
+    assert_eq!(session.ring(0).expect("as before").base, 7);
 }
 
 #[test]

@@ -149,6 +149,21 @@ impl Vring {
         self.kick = KickState::Stopped;
     }
 
+    /// vhost-user, "VHOST_USER_RESET_DEVICE": back to the initial state. The call and error
+    /// descriptors stay: QEMU sends the latter only once.
+    pub(super) fn reset(&mut self) {
+        let (call, error) = (self.call.take(), self.error.take());
+        *self = Self { call, error, ..Self::default() };
+    }
+
+    /// Stops the ring until the front end enables it or gives it a kick again.
+    pub(super) fn disable(&mut self) {
+        match self.enabled {
+            Some(_) => self.enabled = Some(false),
+            None => self.kick = KickState::Stopped,
+        }
+    }
+
     pub(super) fn started(&mut self) {
         self.running = Running::Yes;
     }

@@ -70,6 +70,8 @@ pub enum RingError {
     Buffer { source: AccessError },
     #[error("chain {head} is no request: {why}")]
     Request { head: u16, why: &'static str },
+    #[error("the kick descriptor is no eventfd")]
+    Kick,
 }
 
 /// What a ring needs to start, as the session has collected it.
@@ -232,10 +234,16 @@ impl Virtqueue {
         self.broken
     }
 
-    /// Calls the driver if it ever got a buffer back: an earlier call may have been lost, with a
-    /// back end that is gone or a descriptor that was replaced. A driver bears a spurious one.
+    /// Calls the driver, whatever it asked for: an earlier call may have been lost with a
+    /// descriptor that was replaced. A driver bears a spurious one.
+    pub(crate) fn call(&self) -> Signalled {
+        self.call.signal()
+    }
+
+    /// Calls the driver of a ring that has been in use, at whose last end a call may have been
+    /// lost.
     pub(crate) fn call_again(&self) -> Option<Signalled> {
-        self.ring.has_used().then(|| self.call.signal())
+        self.ring.has_used().then(|| self.call())
     }
 
     pub(crate) fn set_call(&mut self, call: Notifier) {

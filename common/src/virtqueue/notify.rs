@@ -11,6 +11,8 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{FileType, fstat};
 use rustix::net::{SendFlags, send};
 
+use super::RingError;
+
 /// How a ring learns of new buffers.
 #[derive(Clone)]
 pub enum Kick {
@@ -19,19 +21,19 @@ pub enum Kick {
     /// An eventfd. It is never read: a watch fires at each write to it, and its count has room
     /// for 2^64 of them.
     Event(Arc<OwnedFd>),
-    /// A pipe or socket, which must be read lest it fill up.
-    Stream(Arc<OwnedFd>),
 }
 
 impl Kick {
     /// A kick by what the front end sent with `SET_VRING_KICK`.
-    pub fn new(fd: Option<Arc<OwnedFd>>) -> Self {
+    ///
+    /// # Errors
+    /// It has a name in a file system or is a pipe or socket, so it is no eventfd: some of these
+    /// are always readable, others fill up when nobody reads them.
+    pub fn new(fd: Option<Arc<OwnedFd>>) -> Result<Self, RingError> {
         match fd {
-            None => Self::Polled,
-            Some(fd) => match file_type(&fd) {
-                Some(FileType::Fifo | FileType::Socket) => Self::Stream(fd),
-                _ => Self::Event(fd),
-            },
+            None => Ok(Self::Polled),
+            Some(fd) if file_type(&fd) == Some(FileType::Unknown) => Ok(Self::Event(fd)),
+            Some(_) => Err(RingError::Kick),
         }
     }
 
@@ -39,18 +41,7 @@ impl Kick {
     pub fn descriptor(&self) -> Option<&OwnedFd> {
         match self {
             Self::Polled => None,
-            Self::Event(fd) | Self::Stream(fd) => Some(fd),
-        }
-    }
-
-    /// Takes out what a stream holds, without waiting for more.
-    pub(crate) fn drain(&self) {
-        if let Self::Stream(fd) = self {
-            let mut scrap = [0; 512];
-            while is_ready(fd, PollFlags::IN)
-                && rustix::io::read(fd, &mut scrap).is_ok_and(|read| read == scrap.len())
-            {
-            }
+            Self::Event(fd) => Some(fd),
         }
     }
 }

@@ -132,6 +132,12 @@ impl Slots {
     /// Makes `map` current; chains that are out keep theirs.
     pub(super) fn replace_map(&mut self, map: Arc<MemoryMap>) {
         let old = std::mem::replace(&mut self.map, map);
+        let stays = |region| self.map.regions().iter().any(|kept| Arc::ptr_eq(kept, region));
+        if old.regions().iter().all(stays) {
+            // Memory was only added: chains that are out are as good under the new map, and who
+            // waits for the change need not wait for them.
+            return;
+        }
         if self.chains > 0 {
             let (generation, chains) = (self.generation, self.chains);
             self.replaced.push(Replaced { generation, chains, _map: old });
@@ -155,12 +161,14 @@ impl Slots {
 mod tests {
     use std::sync::Arc;
 
+    use std::os::fd::AsFd;
+
     use super::{Extent, Slots};
-    use crate::memory::MemoryMap;
+    use crate::memory::{FrontendAddress, GuestAddress, MemoryMap, Region, RegionSpec};
 
     #[test]
     fn replaced_map_lives_until_its_last_chain_is_closed() {
-        let old = Arc::new(MemoryMap::empty());
+        let old = map_of_one_region();
         let mut slots = Slots::new(4, Arc::clone(&old));
         slots.open(1, 0, Extent::default(), 0);
         slots.open(3, 1, Extent::default(), 0);
@@ -173,6 +181,31 @@ mod tests {
         assert!(slots.is_settled());
         assert_eq!(Arc::strong_count(&old), 1);
         assert_eq!(slots.count(), 1);
+    }
+
+    #[test]
+    fn memory_that_is_only_added_is_settled_at_once() {
+        let old = map_of_one_region();
+        let mut slots = Slots::new(4, Arc::clone(&old));
+        slots.open(1, 0, Extent::default(), 0);
+        let new = MemoryMap::new(old.regions().to_vec()).expect("the same region");
+        slots.replace_map(Arc::new(new));
+        assert!(slots.is_settled());
+        assert_eq!((Arc::strong_count(&old), slots.count()), (1, 1));
+        slots.close(1);
+        assert_eq!(slots.count(), 0);
+    }
+
+    fn map_of_one_region() -> Arc<MemoryMap> {
+        let file = crate::memory::guest_file(0x1000);
+        let spec = RegionSpec {
+            guest: GuestAddress(0),
+            frontend: FrontendAddress(0),
+            len_bytes: 0x1000,
+            file_offset_bytes: 0,
+        };
+        let region = Region::map(spec, file.as_fd()).expect("map");
+        Arc::new(MemoryMap::new(vec![Arc::new(region)]).expect("one region"))
     }
 
     #[test]

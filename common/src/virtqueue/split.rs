@@ -37,6 +37,13 @@ pub struct RingAddresses {
     pub used: FrontendAddress,
 }
 
+impl RingAddresses {
+    /// Whether a ring of `size` entries is all in this memory.
+    pub(crate) fn lie_in(self, size: u16, memory: &MemoryMap) -> bool {
+        areas(self, size, memory).is_ok()
+    }
+}
+
 /// The ring itself and the device's place in it.
 pub(super) struct SplitRing {
     descriptors: HostBuffer,
@@ -166,9 +173,9 @@ impl SplitRing {
         true
     }
 
-    /// Whether the driver was ever given a buffer back.
+    /// Whether the driver was ever given a buffer back, as far as indexes tell.
     pub(super) fn has_used(&self) -> bool {
-        self.published != 0
+        self.published != 0 || self.next_available != 0
     }
 
     /// Whether the driver wants a call for what was published since the last time this was asked.

@@ -22,8 +22,6 @@ pub(super) struct ActiveRing<Q> {
     watched: bool,
     /// There may be chains to pop.
     runnable: bool,
-    /// The driver was asked for a kick, and has not been told since that none is needed.
-    armed: bool,
     /// Somebody waits for the ring to have stopped, and for its base.
     stopped: Option<oneshot::Sender<u16>>,
     /// Somebody waits until no chain refers to a replaced memory map.
@@ -52,7 +50,7 @@ impl<Q: DeviceQueue> ActiveRing<Q> {
         kick: Kick,
         metrics: Arc<QueueMetrics>,
     ) -> Self {
-        let active = Self {
+        Self {
             ring,
             queue,
             metrics,
@@ -61,17 +59,20 @@ impl<Q: DeviceQueue> ActiveRing<Q> {
             index,
             watched: false,
             runnable: true,
-            armed: false,
             stopped: None,
             settled: Vec::new(),
             poison_told: false,
-        };
-        active.count_call(active.ring.call_again());
-        active
+        }
+    }
+
+    /// Arrives on its worker.
+    pub(super) fn start(&mut self, engine: &mut Uring) -> std::io::Result<()> {
+        self.count_call(self.ring.call_again());
+        self.watch(engine)
     }
 
     /// Has the engine watch the kick, where there is one.
-    pub(super) fn watch(&mut self, engine: &mut Uring) -> std::io::Result<()> {
+    fn watch(&mut self, engine: &mut Uring) -> std::io::Result<()> {
         if let Some(fd) = self.kick.descriptor() {
             engine.watch(Subject::Kick { queue: self.index }, fd)?;
             self.watched = true;
@@ -90,14 +91,20 @@ impl<Q: DeviceQueue> ActiveRing<Q> {
         if self.stopped.is_some() {
             return Ok(None);
         }
-        self.metrics.kicks.add(1);
         self.runnable = true;
-        self.kick.drain();
         let readable = bits.is_ok_and(|bits| bits & libc::POLLIN as u32 != 0);
-        if readable && !more {
-            self.watch(engine)?;
+        if readable {
+            self.metrics.kicks.add(1);
         }
-        Ok((!readable).then_some(Notice::NoKick))
+        match (readable, more) {
+            (_, true) => Ok(None),
+            (true, false) => self.watch(engine).map(|()| None),
+            (false, false) => {
+                // Whatever it is, it will not wake us: look at the ring from time to time.
+                self.kick = Kick::Polled;
+                Ok(Some(Notice::NoKick))
+            }
+        }
     }
 
     pub(super) fn index(&self) -> u16 {
@@ -122,7 +129,7 @@ impl<Q: DeviceQueue> ActiveRing<Q> {
         self.runnable = false;
         self.turn.now_ns = now_ns;
         self.turn.budget = MAX_CHAINS_PER_TURN;
-        (self.turn.more, self.turn.dry, self.armed) = (false, false, false);
+        (self.turn.more, self.turn.dry, self.turn.armed) = (false, false, false);
         self.ring.suppress_kicks();
         self.with_queue(engine, |queue, io| queue.process(io));
         self.runnable = self.turn.more;
@@ -137,11 +144,11 @@ impl<Q: DeviceQueue> ActiveRing<Q> {
     /// Before the worker sleeps: asks the driver for a kick if the device waits for a chain. The
     /// ring is runnable when one has come meanwhile, or when it turned out to be broken.
     pub(super) fn arm(&mut self) {
-        if !self.turn.dry || self.armed || self.stopped.is_some() {
+        if !self.turn.dry || self.turn.armed || self.stopped.is_some() {
             return;
         }
         match self.ring.request_kick() {
-            Ok(waiting) => (self.armed, self.runnable) = (!waiting, waiting),
+            Ok(waiting) => (self.turn.armed, self.runnable) = (!waiting, waiting),
             Err(fault) => {
                 self.break_off(fault);
                 self.runnable = true;
@@ -218,6 +225,10 @@ impl<Q: DeviceQueue> ActiveRing<Q> {
         self.turn.stopping = true;
         self.runnable = false;
         self.with_queue(engine, |queue, io| queue.stop(io));
+        // Whoever serves the ring next may rely on a kick.
+        if let Err(fault) = self.ring.request_kick() {
+            self.break_off(fault);
+        }
         self.unwatch(engine)
     }
 
@@ -247,9 +258,17 @@ impl<Q: DeviceQueue> ActiveRing<Q> {
         }
     }
 
+    /// The engine is gone, and may still hold the ring's buffers: nobody is to wait for the ring
+    /// any more, and its memory stays mapped until the process ends.
+    pub(super) fn abandon(mut self) {
+        self.stopped = None;
+        self.settled.clear();
+        std::mem::forget(self);
+    }
+
     pub(super) fn set_call(&mut self, call: Notifier) {
         self.ring.set_call(call);
-        self.count_call(self.ring.call_again());
+        self.count_call(Some(self.ring.call()));
     }
 
     pub(super) fn set_error(&mut self, error: Notifier) {
