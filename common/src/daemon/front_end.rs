@@ -12,7 +12,7 @@ use tokio::sync::mpsc;
 use tokio::time::timeout;
 use tracing::{debug, info, warn};
 
-use super::log::RateLimit;
+use super::log::{RateLimit, with_sources};
 use crate::device::Device;
 use crate::memory::{MapError, MemoryMap, Region};
 use crate::metrics::Metrics;
@@ -149,7 +149,7 @@ impl<'a, D: Device> FrontEnd<'a, D> {
         } else {
             self.metrics.daemon.broken_sessions.add(1);
             self.gate.log(Instant::now(), || {
-                warn!("session ended: {}", super::serve::chain(end));
+                warn!("session ended: {}", with_sources(end));
             });
         }
     }
@@ -174,7 +174,7 @@ impl<'a, D: Device> FrontEnd<'a, D> {
             WorkerEvent::MemoryLost => return Err(End::MemoryLost),
             WorkerEvent::EngineFailed(error) => return Err(End::Engine(error)),
             WorkerEvent::RingBroken { index, fault } => self.gate.log(Instant::now(), || {
-                warn!(ring = index, "ring is broken: {}", super::serve::chain(&fault));
+                warn!(ring = index, "ring is broken: {}", with_sources(&fault));
             }),
             WorkerEvent::KickLost { index } => self.gate.log(Instant::now(), || {
                 warn!(ring = index, "the kick descriptor cannot be watched, or was closed");
@@ -236,7 +236,7 @@ impl<'a, D: Device> FrontEnd<'a, D> {
 
     fn count_refusal(&mut self, refused: &dyn std::error::Error) {
         self.metrics.daemon.protocol_errors.add(1);
-        self.gate.log(Instant::now(), || warn!("refused: {}", super::serve::chain(refused)));
+        self.gate.log(Instant::now(), || warn!("refused: {}", with_sources(refused)));
     }
 
     /// Does what a message asks for.
@@ -340,7 +340,7 @@ impl<'a, D: Device> FrontEnd<'a, D> {
             Err(error @ RingError::Unmapped { .. }) => {
                 if !self.waiting.contains(&index) {
                     self.waiting.push(index);
-                    info!(ring = index, "ring waits for memory: {}", super::serve::chain(&error));
+                    info!(ring = index, "ring waits for memory: {}", with_sources(&error));
                 }
                 Ok(())
             }

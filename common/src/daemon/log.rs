@@ -8,6 +8,7 @@
 //! Who is outside (a guest, a front end) must not fill the operator's disk: what they can cause
 //! again and again goes through a [`RateLimit`].
 
+use std::error::Error;
 use std::fmt;
 use std::io;
 use std::time::{Duration, Instant};
@@ -131,6 +132,17 @@ impl RateLimit {
         self.passed += 1;
         Admission::Pass { suppressed_before: std::mem::take(&mut self.suppressed) }
     }
+}
+
+/// An error and its sources, each said once, outermost first.
+pub fn with_sources(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(source) = next {
+        text = format!("{text}: {source}");
+        next = source.source();
+    }
+    text
 }
 
 #[cfg(test)]

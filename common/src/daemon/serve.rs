@@ -60,7 +60,7 @@ pub fn run<D: Device, E: Error + 'static>(
     match start(options, open) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            error!("{}", chain(failure.as_ref()));
+            error!("{}", log::with_sources(failure.as_ref()));
             ExitCode::FAILURE
         }
     }
@@ -332,17 +332,6 @@ fn has_hung_up(stream: &StdStream) -> bool {
 
 fn tokio_listener(socket: std::os::unix::net::UnixListener) -> Result<UnixListener, Failure> {
     UnixListener::from_std(socket).map_err(Failure::Socket)
-}
-
-/// An error and its sources, each said once.
-pub(super) fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(source) = next {
-        text = format!("{text}: {source}");
-        next = source.source();
-    }
-    text
 }
 
 /// Answers the operator from the counters.
