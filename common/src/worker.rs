@@ -6,17 +6,20 @@
 //! next: a completion, a kick, or mail. [`Workers`] is the control plane's handle: it posts
 //! commands and awaits their answers; a running ring is never touched from outside.
 
+mod bell;
+mod kick;
 mod mailbox;
 mod ring;
 mod spin;
 
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, oneshot};
 
+pub use self::kick::{Kick, NoEventfd};
 use self::mailbox::Mailbox;
 use self::ring::{ActiveRing, Notice};
 use self::spin::Spin;
@@ -24,7 +27,7 @@ use crate::device::{Device, HostFault};
 use crate::engine::{Completion, EngineError, Event, Subject, Uring, Wait};
 use crate::memory::MemoryMap;
 use crate::metrics::{Metrics, QueueMetrics};
-use crate::virtqueue::{Kick, Notifier, RingError, Virtqueue};
+use crate::virtqueue::{RingError, Virtqueue};
 
 /// The longest sleep between two looks at a ring that has no kick.
 const POLL_MAX: Duration = Duration::from_millis(1);
@@ -70,6 +73,10 @@ pub struct RingStart {
     pub ring: Virtqueue,
     /// How it is kicked.
     pub kick: Kick,
+    /// What wakes the driver when buffers were used; `None`: it polls.
+    pub call: Option<Arc<OwnedFd>>,
+    /// What tells the front end that the ring is broken.
+    pub error: Option<Arc<OwnedFd>>,
     /// The feature bits that the driver acknowledged.
     pub features: u64,
 }
@@ -77,8 +84,8 @@ pub struct RingStart {
 enum Command<Q> {
     Start(Box<ActiveRing<Q>>),
     Stop { index: u16, base: oneshot::Sender<u16> },
-    SetCall { index: u16, call: Notifier },
-    SetError { index: u16, error: Notifier },
+    SetCall { index: u16, call: Option<Arc<OwnedFd>> },
+    SetError { index: u16, error: Option<Arc<OwnedFd>> },
     SetMemory { index: u16, memory: Arc<MemoryMap>, settled: oneshot::Sender<()> },
     Quit,
 }
@@ -119,11 +126,11 @@ impl<D: Device> Workers<D> {
 
     /// Gives a ring to its worker. It must not be running.
     pub fn start_ring(&mut self, start: RingStart) {
-        let RingStart { index, ring, kick, features } = start;
+        let index = start.index;
         assert!(!self.running[usize::from(index)], "ring {index} is started once");
-        let queue = self.device.open_queue(index, features, ring.size());
+        let queue = self.device.open_queue(index, start.features, start.ring.size());
         let metrics = Arc::clone(&self.queues[usize::from(index)]);
-        let active = Box::new(ActiveRing::new(index, ring, queue, kick, metrics));
+        let active = Box::new(ActiveRing::new(start, queue, metrics));
         self.running[usize::from(index)] = true;
         self.post(index, Command::Start(active));
     }
@@ -162,12 +169,12 @@ impl<D: Device> Workers<D> {
     }
 
     /// Replaces a running ring's call descriptor.
-    pub fn set_call(&self, index: u16, call: Notifier) {
+    pub fn set_call(&self, index: u16, call: Option<Arc<OwnedFd>>) {
         self.post(index, Command::SetCall { index, call });
     }
 
     /// Replaces a running ring's error descriptor.
-    pub fn set_error(&self, index: u16, error: Notifier) {
+    pub fn set_error(&self, index: u16, error: Option<Arc<OwnedFd>>) {
         self.post(index, Command::SetError { index, error });
     }
 
@@ -352,6 +359,16 @@ impl<D: Device> Worker<D> {
                 }
                 return self.read_mail();
             }
+            Subject::Call { queue } => {
+                if let Some(ring) = &mut self.rings[usize::from(queue)] {
+                    ring.called(event.outcome(), &mut self.engine)?;
+                }
+            }
+            Subject::Error { queue } => {
+                if let Some(ring) = &mut self.rings[usize::from(queue)] {
+                    ring.told_error(event.outcome(), &mut self.engine)?;
+                }
+            }
             Subject::CalledOff { queue } => {
                 let missed = event.outcome() == Err(rustix::io::Errno::ALREADY);
                 if let (true, Some(ring)) = (missed, &mut self.rings[usize::from(queue)]) {
@@ -380,8 +397,8 @@ impl<D: Device> Worker<D> {
             if let Some(ring) = &mut self.rings[usize::from(index)] {
                 match command {
                     Command::Stop { base, .. } => ring.stop(base, &mut self.engine)?,
-                    Command::SetCall { call, .. } => ring.set_call(call),
-                    Command::SetError { error, .. } => ring.set_error(error),
+                    Command::SetCall { call, .. } => ring.set_call(call, &mut self.engine)?,
+                    Command::SetError { error, .. } => ring.set_error(error, &mut self.engine)?,
                     Command::SetMemory { memory, settled, .. } => ring.set_memory(memory, settled),
                     Command::Start(_) | Command::Quit => {}
                 }
@@ -394,7 +411,7 @@ impl<D: Device> Worker<D> {
     fn close_turn(&mut self) -> std::io::Result<()> {
         for index in 0..self.rings.len() {
             let Some(ring) = &mut self.rings[index] else { continue };
-            ring.publish();
+            ring.publish(&mut self.engine)?;
             if let Some(fault) = ring.engine_fault() {
                 return Err(fault);
             }
@@ -402,7 +419,8 @@ impl<D: Device> Worker<D> {
             while let Some(notice) = ring.notice() {
                 tell(&self.events, notice.of(ring.index()));
             }
-            if ring.has_stopped()
+            if ring.is_drained(&mut self.engine)?
+                && ring.is_let_go()
                 && let Some(ring) = self.rings[index].take()
             {
                 ring.end();

@@ -18,8 +18,8 @@ use crate::memory::{MapError, MemoryMap, Region};
 use crate::metrics::Metrics;
 use crate::protocol::{Answer, BackendChannel, Connection, Message, ReceiveError, Request, table};
 use crate::session::{Action, Fault, MemorySlot, Offer, Ring, Session};
-use crate::virtqueue::{Kick, Notifier, RingError, RingSetup, Virtqueue};
-use crate::worker::{RingStart, WorkerEvent, Workers};
+use crate::virtqueue::{RingError, RingSetup, Virtqueue};
+use crate::worker::{Kick, NoEventfd, RingStart, WorkerEvent, Workers};
 
 /// How long a front end may leave a reply unread.
 const REPLY_MAX: Duration = Duration::from_secs(10);
@@ -61,6 +61,8 @@ pub(super) enum Refused {
     Memory(#[from] MapError),
     #[error("ring {index} cannot be started")]
     Ring { index: u16, source: RingError },
+    #[error("ring {index} cannot be started")]
+    Kick { index: u16, source: NoEventfd },
     #[error("nothing may be written at {offset} of the configuration space")]
     Config { offset: u32 },
     #[error("the back-end channel cannot be used")]
@@ -255,12 +257,12 @@ impl<'a, D: Device> FrontEnd<'a, D> {
             }
             Action::Call(index) => {
                 if let (true, Some(ring)) = (self.is_running(index), self.session.ring(index)) {
-                    self.workers.set_call(index, Notifier::new(ring.call));
+                    self.workers.set_call(index, ring.call);
                 }
             }
             Action::Error(index) => {
                 if let (true, Some(ring)) = (self.is_running(index), self.session.ring(index)) {
-                    self.workers.set_error(index, Notifier::new(ring.error));
+                    self.workers.set_error(index, ring.error);
                 }
             }
             Action::Memory(slots) => self.replace_memory(slots).await?,
@@ -324,13 +326,13 @@ impl<'a, D: Device> FrontEnd<'a, D> {
             base,
             features,
             memory: Arc::clone(&self.memory),
-            call: Notifier::new(ring.call),
-            error: Notifier::new(ring.error),
         };
-        let kick = Kick::new(ring.kick).map_err(|source| Refused::Ring { index, source })?;
+        let kick = Kick::new(ring.kick).map_err(|source| Refused::Kick { index, source })?;
         match Virtqueue::new(setup) {
             Ok(virtqueue) => {
-                self.workers.start_ring(RingStart { index, ring: virtqueue, kick, features });
+                let (call, error) = (ring.call, ring.error);
+                let ring = virtqueue;
+                self.workers.start_ring(RingStart { index, ring, kick, call, error, features });
                 self.session.ring_started(index);
                 self.waiting.retain(|waiting| *waiting != index);
                 debug!(ring = index, size, base, "started");

@@ -95,7 +95,17 @@ pub(crate) enum Subject {
     },
     /// There is mail for the worker.
     Mail,
-    /// The watch of a queue's kick was called off; its own last event comes separately.
+    /// A queue's driver was called.
+    Call {
+        /// The queue's place on its worker.
+        queue: u16,
+    },
+    /// The front end was told that a queue's ring is broken.
+    Error {
+        /// The queue's place on its worker.
+        queue: u16,
+    },
+    /// A watch or write of a queue was called off; its own last event comes separately.
     CalledOff {
         /// The queue's place on its worker.
         queue: u16,
@@ -110,8 +120,22 @@ impl Subject {
             Self::Kick { queue } => (1, queue, Token { slot: 0, step: 0 }),
             Self::Mail => (2, 0, Token { slot: 0, step: 0 }),
             Self::CalledOff { queue } => (3, queue, Token { slot: 0, step: 0 }),
+            Self::Call { queue } => (4, queue, Token { slot: 0, step: 0 }),
+            Self::Error { queue } => (5, queue, Token { slot: 0, step: 0 }),
         };
         kind << 48 | u64::from(queue) << 32 | u64::from(token.slot) << 16 | u64::from(token.step)
+    }
+
+    /// The place of the queue that it is for; mail is for none, and counts as the first's.
+    pub(crate) fn queue(self) -> u16 {
+        match self {
+            Self::Operation { queue, .. }
+            | Self::Kick { queue }
+            | Self::Call { queue }
+            | Self::Error { queue }
+            | Self::CalledOff { queue } => queue,
+            Self::Mail => 0,
+        }
     }
 
     /// The inverse of [`encode`](Self::encode), for numbers that it made.
@@ -122,7 +146,9 @@ impl Subject {
             0 => Self::Operation { queue, token: Token { slot: part(16), step: part(0) } },
             1 => Self::Kick { queue },
             2 => Self::Mail,
-            _ => Self::CalledOff { queue },
+            3 => Self::CalledOff { queue },
+            4 => Self::Call { queue },
+            _ => Self::Error { queue },
         }
     }
 }
@@ -139,6 +165,8 @@ mod tests {
             Subject::Kick { queue: 7 },
             Subject::Mail,
             Subject::CalledOff { queue: 9 },
+            Subject::Call { queue: 10 },
+            Subject::Error { queue: 11 },
         ] {
             assert_eq!(Subject::decode(subject.encode()), subject);
         }

@@ -153,15 +153,27 @@ impl Uring {
         self.push(subject, poll)
     }
 
-    /// Ends the watch of a queue's kick: its last event comes without `more`. Another event tells whether the kernel
-    /// found it: it may not while the watch is just firing (`EALREADY`).
+    /// Writes a notification: eight bytes, the number 1, as an eventfd wants it. The descriptor
+    /// must stay open until the event comes.
     ///
     /// # Errors
     /// As for [`submit`](Self::submit).
-    pub(crate) fn unwatch(&mut self, queue: u16) -> io::Result<()> {
-        let watch = Subject::Kick { queue }.encode();
-        // Not a poll removal, which gives up more often on a watch that is just firing.
-        self.push(Subject::CalledOff { queue }, opcode::AsyncCancel::new(watch).build())
+    pub(crate) fn signal(&mut self, subject: Subject, fd: &OwnedFd) -> io::Result<()> {
+        static ONE: u64 = 1;
+        let fd = types::Fd(fd.as_raw_fd());
+        let entry = opcode::Write::new(fd, (&raw const ONE).cast(), 8).offset(u64::MAX);
+        self.push(subject, entry.build())
+    }
+
+    /// Ends a watch or a write: its last event comes soon. Another event tells whether the kernel
+    /// found it: it may not while a watch is just firing (`EALREADY`).
+    ///
+    /// # Errors
+    /// As for [`submit`](Self::submit).
+    pub(crate) fn call_off(&mut self, what: Subject) -> io::Result<()> {
+        // For a watch this is not a poll removal, which gives up more often.
+        let own = Subject::CalledOff { queue: what.queue() };
+        self.push(own, opcode::AsyncCancel::new(what.encode()).build())
     }
 
     /// Whether a turn would bring something: a look at shared memory, not a system call.

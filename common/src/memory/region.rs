@@ -9,8 +9,10 @@
 use std::io;
 use std::os::fd::BorrowedFd;
 
-use rustix::fs::FileType;
+use rustix::fs::{FileType, SealFlags};
+use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
+use tracing::debug;
 
 use super::{FrontendAddress, GuestAddress, HostBuffer, RegionSpec, sigbus};
 
@@ -62,6 +64,9 @@ pub enum MapError {
     /// The descriptor is not one of a regular file, memfd or hugetlbfs file, so its length cannot be checked.
     #[error("guest memory must be a regular file, not {0:?}")]
     NotAFile(FileType),
+    /// The file is sealed so that nobody can map it writable any more.
+    #[error("guest memory must be writable, but its file is sealed against writing ({0:?})")]
+    SealedAgainstWriting(SealFlags),
     /// The descriptor cannot be examined.
     #[error("cannot examine the file")]
     Examine(#[source] io::Error),
@@ -109,7 +114,8 @@ impl Region {
     /// Maps the part of `file` that `spec` names, shared, readable and writable. The descriptor is not kept.
     ///
     /// # Errors
-    /// The spec is empty or overflows, the file is too short or no regular one, or the kernel refuses the mapping.
+    /// The spec is empty or overflows, the file is too short, no regular one or sealed against writing, or the kernel
+    /// refuses the mapping.
     pub fn map(spec: RegionSpec, file: BorrowedFd<'_>) -> Result<Region, MapError> {
         sigbus::install();
         check_addresses(spec)?;
@@ -167,10 +173,7 @@ fn check_addresses(spec: RegionSpec) -> Result<(), MapError> {
     Ok(())
 }
 
-/// Checks that the file holds the region, and returns the size of its pages.
-///
-/// Seals are not asked for: a file that may shrink is legal (User-Mode Linux shares a deleted file, which cannot be
-/// sealed), and one that is sealed against it needs nothing from us.
+/// Checks that the file holds the region and may be written, and returns the size of its pages.
 fn check_file(spec: RegionSpec, file: BorrowedFd<'_>) -> Result<u64, MapError> {
     let (offset_bytes, len_bytes) = (spec.file_offset_bytes, spec.len_bytes);
     let end = offset_bytes
@@ -185,12 +188,32 @@ fn check_file(spec: RegionSpec, file: BorrowedFd<'_>) -> Result<u64, MapError> {
     if end > file_len_bytes {
         return Err(MapError::ShortFile { offset_bytes, len_bytes, file_len_bytes });
     }
+    let seals = seals_of(file)?;
+    if seals.intersects(SealFlags::WRITE | SealFlags::FUTURE_WRITE) {
+        return Err(MapError::SealedAgainstWriting(seals));
+    }
+    if !seals.contains(SealFlags::SHRINK) {
+        // Legal and common: User-Mode Linux shares a deleted file, which cannot be sealed at all.
+        debug!(
+            "the front end may truncate the region at guest address {}: its file is not sealed against shrinking",
+            spec.guest
+        );
+    }
     let file_system = rustix::fs::fstatfs(file).map_err(|error| MapError::Examine(error.into()))?;
     if file_system.f_type as u64 == HUGETLBFS_MAGIC {
         // A power of two: hugetlbfs reports the size of its huge pages as its block size.
         return Ok(file_system.f_bsize as u64);
     }
     Ok(base_page_bytes())
+}
+
+/// What the kernel will not let anybody do to the file again; nothing where its file system has no seals.
+fn seals_of(file: BorrowedFd<'_>) -> Result<SealFlags, MapError> {
+    match rustix::fs::fcntl_get_seals(file) {
+        // fcntl(2), F_GET_SEALS: EINVAL, the file does not support sealing.
+        Err(Errno::INVAL) => Ok(SealFlags::empty()),
+        seals => seals.map_err(|error| MapError::Examine(error.into())),
+    }
 }
 
 fn base_page_bytes() -> u64 {
@@ -322,10 +345,22 @@ mod tests {
     }
 
     #[test]
+    fn file_sealed_against_writing_is_rejected_by_name() {
+        for seal in [SealFlags::WRITE, SealFlags::FUTURE_WRITE] {
+            let file = guest_file(0x1000);
+            rustix::fs::fcntl_add_seals(&file, seal).expect("seal");
+            let error = Region::map(spec(0x1000, 0), file.as_fd()).expect_err("sealed");
+            let MapError::SealedAgainstWriting(seals) = error else { unreachable!("{error}") };
+            assert!(seals.contains(seal), "{seals:?}");
+        }
+    }
+
+    #[test]
     fn read_only_descriptor_is_rejected() {
-        let file = guest_file(0x1000);
-        rustix::fs::fcntl_add_seals(&file, SealFlags::WRITE).expect("seal");
-        let error = Region::map(spec(0x1000, 0), file.as_fd()).expect_err("sealed against writing");
+        let file = tempfile::NamedTempFile::new().expect("temporary file");
+        file.as_file().set_len(0x1000).expect("length");
+        let read_only = std::fs::File::open(file.path()).expect("it is there");
+        let error = Region::map(spec(0x1000, 0), read_only.as_fd()).expect_err("read-only");
         assert!(matches!(error, MapError::Mmap { .. }), "{error}");
     }
 
@@ -335,6 +370,15 @@ mod tests {
         rustix::fs::fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)
             .expect("seal");
         assert!(Region::map(spec(0x1000, 0), file.as_fd()).is_ok());
+        assert!(seals_of(file.as_fd()).expect("a memfd has seals").contains(SealFlags::SHRINK));
+    }
+
+    #[test]
+    fn file_system_without_seals_is_no_reason_to_refuse() {
+        // The test's own program lies on whatever the build is on: most file systems on disks have none.
+        let this = std::env::current_exe().and_then(std::fs::File::open).expect("it runs");
+        let seals = seals_of(this.as_fd()).expect("no error");
+        assert!(!seals.intersects(SealFlags::SHRINK | SealFlags::WRITE), "{seals:?}");
     }
 
     #[test]

@@ -3,15 +3,14 @@
 //! Contract: a [`Virtqueue`] belongs to one thread at a time and is moved, not shared. A chain is
 //! popped once and ends once. Used entries become visible with [`Virtqueue::publish`], one store
 //! for all of a turn. A ring whose driver breaks the rules is *broken*: it gives no more chains,
-//! its error descriptor is signalled once, chains that are out still end normally.
+//! chains that are out still end normally.
 //!
 //! The parts: [`split`] is the ring in memory, [`chain`] the walk, [`slots`] the chains that are
-//! out, [`notify`] the call and error descriptors. A packed ring is a sibling of [`split`] with
+//! out. A packed ring is a sibling of [`split`] with
 //! the same verbs (take, put back, push used, publish, wants call, request kick). What it never
-//! sees: a file.
+//! sees: a file, nor the descriptors by which the two sides wake each other.
 
 mod chain;
-mod notify;
 mod slots;
 mod split;
 
@@ -22,7 +21,6 @@ use self::split::SplitRing;
 use crate::memory::{AccessError, FrontendAddress, GuestAddress, MemoryMap};
 
 pub use self::chain::{Buffers, Chain, MAX_CHAIN_DESCRIPTORS};
-pub use self::notify::{Kick, Notifier, Signalled};
 pub use self::split::RingAddresses;
 
 /// VIRTIO 1.3, 6: indirect descriptors.
@@ -70,8 +68,6 @@ pub enum RingError {
     Buffer { source: AccessError },
     #[error("chain {head} is no request: {why}")]
     Request { head: u16, why: &'static str },
-    #[error("the kick descriptor is no eventfd")]
-    Kick,
 }
 
 /// What a ring needs to start, as the session has collected it.
@@ -86,10 +82,6 @@ pub struct RingSetup {
     pub features: u64,
     /// The guest's memory.
     pub memory: Arc<MemoryMap>,
-    /// Tells the driver about used buffers.
-    pub call: Notifier,
-    /// Tells the front end that the ring is broken.
-    pub error: Notifier,
 }
 
 /// A running virtqueue; see the module's head.
@@ -100,8 +92,6 @@ pub struct Virtqueue {
     slots: Slots,
     indirect: bool,
     region_hint: usize,
-    call: Notifier,
-    error: Notifier,
     broken: bool,
 }
 
@@ -119,8 +109,6 @@ impl Virtqueue {
             slots: Slots::new(size, memory),
             indirect: setup.features & VIRTIO_F_INDIRECT_DESC != 0,
             region_hint: 0,
-            call: setup.call,
-            error: setup.error,
             broken: false,
         })
     }
@@ -200,9 +188,15 @@ impl Virtqueue {
         self.slots.operation(slot, begins);
     }
 
-    /// Shows the driver what was used since the last time; whether it was called.
-    pub(crate) fn publish(&mut self) -> Option<Signalled> {
-        (self.ring.publish() && self.ring.wants_call()).then(|| self.call.signal())
+    /// Shows the driver what was used since the last time; whether it wants to be called.
+    pub(crate) fn publish(&mut self) -> bool {
+        self.ring.publish() && self.ring.wants_call()
+    }
+
+    /// Whether the driver was ever given a buffer back: a call for it may have been lost with a
+    /// back end that is gone.
+    pub(crate) fn has_used(&self) -> bool {
+        self.ring.has_used()
     }
 
     /// Tells the driver that kicks are not needed for now.
@@ -223,35 +217,14 @@ impl Virtqueue {
         !self.broken && self.ring.has_available()
     }
 
-    /// Marks the ring broken and signals its error descriptor.
+    /// Marks the ring broken.
     pub(crate) fn break_off(&mut self) {
         self.broken = true;
-        self.error.signal();
     }
 
     /// Whether the driver broke the rules.
     pub fn is_broken(&self) -> bool {
         self.broken
-    }
-
-    /// Calls the driver, whatever it asked for: an earlier call may have been lost with a
-    /// descriptor that was replaced. A driver bears a spurious one.
-    pub(crate) fn call(&self) -> Signalled {
-        self.call.signal()
-    }
-
-    /// Calls the driver of a ring that has been in use, at whose last end a call may have been
-    /// lost.
-    pub(crate) fn call_again(&self) -> Option<Signalled> {
-        self.ring.has_used().then(|| self.call())
-    }
-
-    pub(crate) fn set_call(&mut self, call: Notifier) {
-        self.call = call;
-    }
-
-    pub(crate) fn set_error(&mut self, error: Notifier) {
-        self.error = error;
     }
 
     /// Uses another memory map from the next chain on.

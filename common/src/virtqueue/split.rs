@@ -3,7 +3,7 @@
 //! Contract: the three areas were resolved when the ring started and stay mapped while this value
 //! lives (its owner holds the memory map). Everything read from them is foreign: an index is
 //! masked or checked before it is used. What it does not do: walk chains ([`super::chain`]),
-//! remember which heads are out ([`super::slots`]), write to file descriptors ([`super::notify`]).
+//! remember which heads are out ([`super::slots`]).
 
 // tidy(parsers): sums here are of 16-bit indexes, widened; ring indexes wrap by name.
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::panic)]

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::{
-    Chain, Notifier, RingAddresses, RingError, RingSetup, Signalled, VIRTIO_F_EVENT_IDX,
-    VIRTIO_F_INDIRECT_DESC, Virtqueue,
+    Chain, RingAddresses, RingError, RingSetup, VIRTIO_F_EVENT_IDX, VIRTIO_F_INDIRECT_DESC,
+    Virtqueue,
 };
 use crate::memory::{
     FrontendAddress, GuestAddress, HostBuffer, MemoryMap, Region, RegionSpec, guest_file,
@@ -50,9 +50,8 @@ impl Driver {
             available: FrontendAddress(AVAILABLE as u64),
             used: FrontendAddress(USED as u64),
         };
-        let (call, error) = (Notifier::default(), Notifier::default());
         let memory = Arc::clone(&self.memory);
-        let setup = RingSetup { addresses, size: SIZE, base: 0, features, memory, call, error };
+        let setup = RingSetup { addresses, size: SIZE, base: 0, features, memory };
         Virtqueue::new(setup).expect("a ring in memory")
     }
 
@@ -105,7 +104,7 @@ fn chain_becomes_readable_then_writable_buffers() {
     assert_eq!(driver.bytes.load_u16(DATA as usize + 0x400, Ordering::Relaxed), 7);
     queue.used(chain, 513);
     assert_eq!(driver.used_index(), 0, "nothing is seen before it is published");
-    assert_eq!(queue.publish(), Some(Signalled::Nobody));
+    assert!(queue.publish());
     assert_eq!((driver.used_index(), driver.used(0)), (1, (2, 513)));
 }
 
@@ -279,10 +278,10 @@ fn driver_is_called_past_its_event_index_only() {
     for _ in 0..3 {
         let chain = driver.pop(&mut queue, 0).expect("good").expect("a chain");
         queue.used(chain, 0);
-        calls.push(queue.publish().is_some());
+        calls.push(queue.publish());
     }
     assert_eq!(calls, [false, true, false]);
-    assert_eq!(queue.publish(), None, "nothing new is nothing to tell");
+    assert!(!queue.publish(), "nothing new is nothing to tell");
 }
 
 #[test]
@@ -293,7 +292,7 @@ fn driver_that_wants_no_interrupts_gets_none() {
     driver.describe(0, (DATA, 1), 0, 0);
     let chain = driver.pop(&mut queue, 0).expect("good").expect("a chain");
     queue.used(chain, 0);
-    assert_eq!(queue.publish(), None);
+    assert!(!queue.publish());
     assert_eq!(driver.used_index(), 1);
 }
 
@@ -365,8 +364,6 @@ fn ring_goes_on_from_its_base() {
         base: u16::MAX,
         features: 0,
         memory: Arc::clone(&driver.memory),
-        call: Notifier::default(),
-        error: Notifier::default(),
     })
     .expect("a ring");
     driver.describe(4, (DATA, 1), 0, 0);

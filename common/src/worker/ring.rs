@@ -1,14 +1,19 @@
 //! One ring on its worker: what happens to it in a turn, and how it ends.
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use rustix::io::Errno;
 use tokio::sync::oneshot;
 
+use super::RingStart;
+use super::bell::{Bell, Rung};
+use super::kick::Kick;
 use crate::device::{DeviceQueue, HostFault, MAX_CHAINS_PER_TURN, QueueIo, Turn};
 use crate::engine::{Completion, Subject, Uring};
 use crate::memory::MemoryMap;
 use crate::metrics::QueueMetrics;
-use crate::virtqueue::{Kick, Notifier, RingError, Signalled, Virtqueue};
+use crate::virtqueue::{RingError, Virtqueue};
 
 /// A ring, the device's half for it, and where they stand.
 pub(super) struct ActiveRing<Q> {
@@ -16,6 +21,12 @@ pub(super) struct ActiveRing<Q> {
     queue: Q,
     metrics: Arc<QueueMetrics>,
     kick: Kick,
+    call: Bell,
+    error: Bell,
+    /// The front end was told that the ring is broken.
+    error_told: bool,
+    /// No more calls: the ring has stopped.
+    silenced: bool,
     turn: Turn,
     index: u16,
     /// The engine watches the kick.
@@ -43,18 +54,17 @@ pub(super) enum Notice {
 }
 
 impl<Q: DeviceQueue> ActiveRing<Q> {
-    pub(super) fn new(
-        index: u16,
-        ring: Virtqueue,
-        queue: Q,
-        kick: Kick,
-        metrics: Arc<QueueMetrics>,
-    ) -> Self {
+    pub(super) fn new(start: RingStart, queue: Q, metrics: Arc<QueueMetrics>) -> Self {
+        let index = start.index;
         Self {
-            ring,
+            ring: start.ring,
             queue,
             metrics,
-            kick,
+            kick: start.kick,
+            call: Bell::new(Subject::Call { queue: index }, start.call),
+            error: Bell::new(Subject::Error { queue: index }, start.error),
+            error_told: false,
+            silenced: false,
             turn: Turn::default(),
             index,
             watched: false,
@@ -67,7 +77,9 @@ impl<Q: DeviceQueue> ActiveRing<Q> {
 
     /// Arrives on its worker.
     pub(super) fn start(&mut self, engine: &mut Uring) -> std::io::Result<()> {
-        self.count_call(self.ring.call_again());
+        if self.ring.has_used() {
+            self.call(engine)?;
+        }
         self.watch(engine)
     }
 
@@ -83,7 +95,7 @@ impl<Q: DeviceQueue> ActiveRing<Q> {
     /// The engine's watch fired with these poll bits, or failed; `more` says that it goes on.
     pub(super) fn kicked(
         &mut self,
-        bits: Result<u32, rustix::io::Errno>,
+        bits: Result<u32, Errno>,
         more: bool,
         engine: &mut Uring,
     ) -> std::io::Result<Option<Notice>> {
@@ -181,18 +193,43 @@ impl<Q: DeviceQueue> ActiveRing<Q> {
         run(&mut self.queue, &mut io);
     }
 
-    /// Shows the driver this turn's used entries.
-    pub(super) fn publish(&mut self) {
-        let signalled = self.ring.publish();
-        self.count_call(signalled);
+    /// Shows the driver this turn's used entries, and tells both sides what they are to be told.
+    pub(super) fn publish(&mut self, engine: &mut Uring) -> std::io::Result<()> {
+        if self.ring.is_broken() && !std::mem::replace(&mut self.error_told, true) {
+            self.error.ring(engine)?;
+            // Who sees the rejected chain come back is to know why.
+            engine.send()?;
+        }
+        if self.ring.publish() { self.call(engine) } else { Ok(()) }
     }
 
-    fn count_call(&self, signalled: Option<Signalled>) {
-        match signalled {
-            Some(Signalled::Sent) => self.metrics.calls.add(1),
-            Some(Signalled::Dropped) => self.metrics.dropped_calls.add(1),
-            Some(Signalled::Nobody) | None => {}
+    fn call(&mut self, engine: &mut Uring) -> std::io::Result<()> {
+        if self.call.ring(engine)? == Rung::Dropped {
+            self.metrics.dropped_calls.add(1);
         }
+        Ok(())
+    }
+
+    /// The engine has called the driver, or could not.
+    pub(super) fn called(
+        &mut self,
+        result: Result<u32, Errno>,
+        engine: &mut Uring,
+    ) -> std::io::Result<()> {
+        match self.call.written(result, engine)? {
+            Rung::Yes => self.metrics.calls.add(1),
+            Rung::Dropped => self.metrics.dropped_calls.add(1),
+        }
+        Ok(())
+    }
+
+    /// The engine has told the front end of an error, or could not.
+    pub(super) fn told_error(
+        &mut self,
+        result: Result<u32, Errno>,
+        engine: &mut Uring,
+    ) -> std::io::Result<()> {
+        self.error.written(result, engine).map(drop)
     }
 
     /// What went wrong in this turn, one thing after another.
@@ -235,23 +272,33 @@ impl<Q: DeviceQueue> ActiveRing<Q> {
     /// Calls the watch off, if it still goes on. Again and again where the kernel says that it was
     /// just firing.
     pub(super) fn unwatch(&mut self, engine: &mut Uring) -> std::io::Result<()> {
-        if self.watched && self.stopped.is_some() { engine.unwatch(self.index) } else { Ok(()) }
+        let goes_on = self.watched && self.stopped.is_some();
+        if goes_on { engine.call_off(Subject::Kick { queue: self.index }) } else { Ok(()) }
     }
 
-    /// Whether the ring was asked to stop and has nothing left that the kernel or the device holds.
-    pub(super) fn has_stopped(&self) -> bool {
-        self.stopped.is_some()
-            && self.turn.operations == 0
-            && self.ring.chains_out() == 0
-            && !self.watched
+    /// Whether the ring was asked to stop and no chain is out any more. The last calls are on their
+    /// way then; those that find no room are called off.
+    pub(super) fn is_drained(&mut self, engine: &mut Uring) -> std::io::Result<bool> {
+        let drained =
+            self.stopped.is_some() && self.turn.operations == 0 && self.ring.chains_out() == 0;
+        if drained && !std::mem::replace(&mut self.silenced, true) {
+            self.call.silence(engine)?;
+            self.error.silence(engine)?;
+        }
+        Ok(drained)
+    }
+
+    /// Whether the kernel holds nothing of the ring's descriptors.
+    pub(super) fn is_let_go(&self) -> bool {
+        !self.watched && self.call.is_idle() && self.error.is_idle()
     }
 
     /// Gives the base to whoever asked for the stop.
     pub(super) fn end(self) {
-        let Self { ring, queue, kick, stopped, .. } = self;
+        let Self { ring, queue, kick, call, error, stopped, .. } = self;
         let base = ring.next_available();
         // Who hears of the stop may count on the ring's memory and descriptors being let go.
-        drop((ring, queue, kick));
+        drop((ring, queue, kick, call, error));
         if let Some(stopped) = stopped {
             // Nobody waits any more when the process is ending.
             let _ = stopped.send(base);
@@ -266,13 +313,26 @@ impl<Q: DeviceQueue> ActiveRing<Q> {
         std::mem::forget(self);
     }
 
-    pub(super) fn set_call(&mut self, call: Notifier) {
-        self.ring.set_call(call);
-        self.count_call(Some(self.ring.call()));
+    /// Calls another descriptor from now on, and at once: a call may have been lost with the old one.
+    /// A driver bears a spurious one.
+    pub(super) fn set_call(
+        &mut self,
+        call: Option<Arc<OwnedFd>>,
+        engine: &mut Uring,
+    ) -> std::io::Result<()> {
+        self.call.set_target(call, engine)?;
+        self.call(engine)
     }
 
-    pub(super) fn set_error(&mut self, error: Notifier) {
-        self.ring.set_error(error);
+    pub(super) fn set_error(
+        &mut self,
+        error: Option<Arc<OwnedFd>>,
+        engine: &mut Uring,
+    ) -> std::io::Result<()> {
+        self.error.set_target(error, engine)?;
+        // Who gives a new descriptor has not heard at the old one, for all we know.
+        self.error_told = false;
+        Ok(())
     }
 
     /// Uses another memory map; `settled` is told once no chain refers to an older one.
