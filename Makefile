@@ -5,7 +5,7 @@ TARGET := $(or $(CARGO_TARGET_DIR),target)
 .PHONY: help
 help:
 	@echo 'make run        boot a Linux guest whose root disk is served by vhost-blk, and get its console'
-	@echo 'make test-fast  unit tests, conformance, User-Mode Linux guests'
+	@echo 'make test-fast  unit tests, conformance, an independent front end, User-Mode Linux guests'
 	@echo 'make test       everything that a change must pass'
 	@echo 'make bench      measure against other back ends'
 	@echo 'make rig        fetch what guests are made of (the others do this by themselves)'

@@ -2,4 +2,5 @@
 
 mod qemu;
 mod systemd;
+mod terminal;
 mod uml;

@@ -248,25 +248,42 @@ fn comes_back_after_a_crash() {
 fn serves_a_loop_device(guests: &UserModeLinux, shared: &Path) {
     let number = fs::read_to_string(shared.join("loop-device")).expect("written outside");
     let number: u64 = number.parse().expect("a device number");
+    // By its group, as the udev rule in `systemd/README.md` has it.
     let device = Path::new("/dev/outboard-loop");
     let name = makedev(rustix::fs::major(number), rustix::fs::minor(number));
     mknodat(CWD, device, FileType::BlockDevice, Mode::empty(), name).expect("root may make a node");
-    chown(device, None, Some(group("disk"))).expect("root may");
+    chown(device, None, Some(group("outboard"))).expect("root may");
     fs::set_permissions(device, Permissions::from_mode(0o660)).expect("root may");
     configure("loop", "DISK=file:/dev/outboard-loop\n");
-    let drop_in = "/etc/systemd/system/vhost-blk@loop.service.d";
-    fs::create_dir_all(drop_in).expect("root may");
-    fs::write(format!("{drop_in}/disk.conf"), "[Service]\nSupplementaryGroups=disk\n")
-        .expect("root may");
-    systemctl(&["daemon-reload"]);
 
     systemctl(&["start", "vhost-blk@loop.socket"]);
     let socket = Path::new("/run/outboard/blk/loop.sock");
     pass(guests, socket, "identity", &[&format!("size_bytes={DISK_BYTES}")]);
     let written = pass(guests, socket, "write", &["seed=14"]);
     fs::write(shared.join("written"), written).expect("the shared directory is writable");
+    assert_opens_block_devices_only(&show("vhost-blk@loop.service", "ControlGroup"), device);
     systemctl(&["stop", "vhost-blk@loop.socket"]);
     assert_eq!(show("vhost-blk@loop.service", "Result"), "success");
+}
+
+/// The kernel's filter on the unit's control group, by a process of root's: no permission of a node stands in its way.
+fn assert_opens_block_devices_only(control_group: &str, block_device: &Path) {
+    let opens = |group: &str, node: &Path| {
+        // The shell's own number is 0 to the file; what it opens, it does not read.
+        let script = r#"echo 0 >"/sys/fs/cgroup$1/cgroup.procs" || exit 3; : <"$2""#;
+        let tried = output(Command::new("sh").args(["-c", script, "sh", group]).arg(node));
+        assert_ne!(tried.status.code(), Some(3), "{group}: {}", text(&tried.stderr));
+        tried.status.success().then_some(()).ok_or_else(|| text(&tried.stderr))
+    };
+    // The control device of loop devices: the machine has just let this test use it.
+    let character_device = Path::new("/dev/outboard-loop-control");
+    mknodat(CWD, character_device, FileType::CharacterDevice, Mode::RUSR, makedev(10, 237))
+        .expect("root may make a node");
+    let own = show("rig.service", "ControlGroup");
+    assert_eq!(opens(&own, character_device), Ok(()), "outside the unit");
+    assert_eq!(opens(control_group, block_device), Ok(()));
+    let refusal = opens(control_group, character_device).expect_err("DevicePolicy= has no effect");
+    assert!(refusal.contains("Operation not permitted"), "{refusal}");
 }
 
 fn says_what_is_wrong_with_its_configuration() {

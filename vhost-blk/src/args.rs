@@ -157,28 +157,35 @@ fn parse_queue_size(text: &str) -> Result<u16, String> {
     }
 }
 
+/// No line has more than 80 columns, the width of many terminals: clap would wrap it, and a command
+/// that is wrapped within an option does not work when it is pasted.
 const EXAMPLES: &str = "\
 Examples:
   Serve an image on a socket that only this user can reach, and give it to QEMU:
     vhost-blk --socket-path /run/vm1/disk.sock --blk-file disk.img
-    qemu-system-x86_64 -m 2G -object memory-backend-memfd,id=mem,size=2G,share=on \\
-      -machine q35,memory-backend=mem -chardev socket,id=disk,path=/run/vm1/disk.sock,reconnect-ms=200 \\
+    qemu-system-x86_64 -m 2G \\
+      -object memory-backend-memfd,id=mem,size=2G,share=on \\
+      -machine q35,memory-backend=mem \\
+      -chardev socket,id=disk,path=/run/vm1/disk.sock,reconnect-ms=200 \\
       -device vhost-user-blk-pci,chardev=disk
 
   A block device with four queues on two threads, and figures to ask for:
-    vhost-blk --socket-path /run/vm1/disk.sock --blk-file /dev/vg0/vm1 --num-queues 4 --threads 2 \\
-      --control /run/vm1/disk.ctl
+    vhost-blk --socket-path /run/vm1/disk.sock --blk-file /dev/vg0/vm1 \\
+      --num-queues 4 --threads 2 --control /run/vm1/disk.ctl
     curl --unix-socket /run/vm1/disk.ctl http://localhost/metrics
 
   One image, read by many guests:
-    vhost-blk --socket-path /run/vm2/base.sock --blk-file base.img --read-only --serial base-12
+    vhost-blk --socket-path /run/vm2/base.sock --blk-file base.img \\
+      --read-only --serial base-12
 
   A disk without storage, to measure all the rest:
     vhost-blk --socket-path /tmp/null.sock --disk null:64G
 
 Exit status:
-  0  ended by SIGTERM or SIGINT after the requests in flight were done, or printed what was asked for
-  1  something could not be opened: the image, a lock on it, a socket
+  0  ended by SIGTERM or SIGINT after the requests in flight were done, or
+     because the only connection (--fd) ended, or printed what was asked for
+  1  something could not be opened (the image, a lock on it, a socket),
+     requests in flight did not end in time, or the I/O engine failed
   2  the command line is wrong";
 
 #[cfg(test)]
@@ -199,6 +206,13 @@ mod tests {
     #[test]
     fn definition_is_consistent() {
         CommandLine::command().debug_assert();
+    }
+
+    #[test]
+    fn examples_can_be_pasted_from_a_terminal_of_80_columns() {
+        for line in EXAMPLES.lines() {
+            assert!(line.len() <= 80, "clap would wrap {line:?}");
+        }
     }
 
     #[test]

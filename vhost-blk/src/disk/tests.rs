@@ -185,7 +185,8 @@ struct LoopDevice {
 }
 
 impl LoopDevice {
-    /// `None`, and why on stderr, where this user or machine has no loop devices.
+    /// `None`, and why on stderr, where this user has no loop devices. Root has, where all is to be
+    /// tested (REQUIRE_ALL=1).
     fn attach(options: &[&str]) -> Option<LoopDevice> {
         let directory = tempfile::tempdir().unwrap();
         let image = directory.path().join("backing.img");
@@ -197,6 +198,11 @@ impl LoopDevice {
                 Some(LoopDevice { path, _directory: directory })
             }
             outcome => {
+                let required = std::env::var_os("REQUIRE_ALL").is_some_and(|value| value == "1");
+                assert!(
+                    !(required && rustix::process::geteuid().is_root()),
+                    "REQUIRE_ALL=1, but losetup attaches no loop device: {outcome:?}"
+                );
                 eprintln!("skipped: losetup attaches no loop device here: {outcome:?}");
                 None
             }
