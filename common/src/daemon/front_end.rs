@@ -327,7 +327,13 @@ impl<'a, D: Device> FrontEnd<'a, D> {
             features,
             memory: Arc::clone(&self.memory),
         };
-        let kick = Kick::new(ring.kick).map_err(|source| Refused::Kick { index, source })?;
+        let kick = match Kick::new(ring.kick) {
+            Ok(kick) => kick,
+            Err(source) => {
+                self.session.kick_refused(index);
+                return Err(Refused::Kick { index, source });
+            }
+        };
         match Virtqueue::new(setup) {
             Ok(virtqueue) => {
                 let (call, error) = (ring.call, ring.error);

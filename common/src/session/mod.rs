@@ -364,6 +364,13 @@ impl Session {
         self.rings.get(usize::from(index))?.plan(from_start)
     }
 
+    /// What the front end gave as the ring's kick is none: the ring waits for another.
+    pub fn kick_refused(&mut self, index: u16) {
+        if let Some(ring) = self.rings.get_mut(usize::from(index)) {
+            ring.stop();
+        }
+    }
+
     /// The ring is on its worker.
     pub fn ring_started(&mut self, index: u16) {
         if let Some(ring) = self.rings.get_mut(usize::from(index)) {
