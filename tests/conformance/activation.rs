@@ -36,6 +36,23 @@ fn capabilities_are_printed_whatever_else_is_asked() {
 }
 
 #[test]
+fn descriptor_file_says_the_same_as_the_program() {
+    // vhost-user, "Backend program conventions": management software finds the program by it.
+    if is_another_program() {
+        return;
+    }
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../systemd/50-outboard-vhost-blk.json");
+    let file = std::fs::read_to_string(path).expect("the file is in the tree");
+    let file: serde_json::Value = serde_json::from_str(&file).expect("one JSON object");
+    let told = run(&["--print-capabilities"]).stdout;
+    let told: serde_json::Value = serde_json::from_str(&told).expect("one JSON object");
+    assert!(file["type"].is_string() && file["type"] == told["type"], "{file} {told}");
+    let binary = file["binary"].as_str().expect("the program's path");
+    assert!(binary.starts_with('/') && binary.ends_with("/vhost-blk"), "{binary}");
+    assert!(file["description"].is_string(), "{file}");
+}
+
+#[test]
 fn connected_descriptor_is_served_to_its_end() {
     if is_another_program() {
         return;

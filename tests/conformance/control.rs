@@ -25,7 +25,8 @@ fn command(reader: &mut BufReader<UnixStream>, line: &str) -> Value {
         .unwrap_or_else(|error| panic!("{line:?} was answered by {reply:?}: {error}"))
 }
 
-fn stats(subject: &Subject) -> Value {
+/// All counters of our daemon.
+pub(crate) fn stats(subject: &Subject) -> Value {
     let mut reply = command(&mut BufReader::new(connect(subject)), "{\"command\":\"stats\"}\n");
     let stats = reply["ok"].take();
     assert!(stats.is_object(), "stats were answered by {reply}");
@@ -50,8 +51,8 @@ fn scrape(subject: &Subject) -> Exposition {
     Exposition::parse(body).unwrap_or_else(|complaint| panic!("{complaint} in\n{body}"))
 }
 
-/// The counts of one kind of request on one queue.
-fn counts(stats: &Value, queue: usize, kind: &str) -> [u64; 3] {
+/// The counts of one kind of request on one queue: requests, bytes and errors.
+pub(crate) fn counts(stats: &Value, queue: usize, kind: &str) -> [u64; 3] {
     let kind = &stats["queues"][queue]["kinds"][kind];
     ["requests", "bytes", "errors"]
         .map(|what| kind[what].as_u64().unwrap_or_else(|| panic!("no {what} in {stats}")))

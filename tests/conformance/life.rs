@@ -8,6 +8,7 @@ use frontend::front_end::FrontEnd;
 use frontend::guest::Options;
 use frontend::wire::PATIENCE;
 use rustix::process::Signal;
+use std::net::Shutdown;
 use tests::temp_dir;
 
 /// The last message of a front end.
@@ -81,6 +82,30 @@ fn second_front_end_is_turned_away_while_one_is_served() {
         }
     }
     must_work(&mut driver, 0);
+}
+
+#[test]
+fn front_end_that_comes_at_once_after_another_hung_up_is_let_in() {
+    // The daemon learns of both in the same moment, with the requests of the first in flight.
+    if is_another_program() {
+        return;
+    }
+    let subject = Subject::start();
+    for round in 0..FRONT_ENDS {
+        let mut driver = subject.driver(&Options::default());
+        must_work(&mut driver, 0);
+        let next = subject.while_stopped(|| {
+            for at in 0..32 {
+                driver.submit(0, &Request::write(at * 64, &[0x77; 32 << 10]));
+            }
+            driver.kick(0).expect("the device can be kicked");
+            // Not by a close: a process that another test is just starting may hold the socket too.
+            let stream = driver.guest.front_end.wire().stream();
+            stream.shutdown(Shutdown::Both).expect("a connected socket can be shut down");
+            FrontEnd::connect(subject.socket()).expect("the socket is still there")
+        });
+        next.barrier().unwrap_or_else(|error| panic!("in round {round}: {error}"));
+    }
 }
 
 #[test]

@@ -5,8 +5,9 @@
 //!
 //! - [`life`], [`activation`], [`access`], [`image`], [`control`]: the process, its sockets, its
 //!   image and its counters; these are about our own command line.
+//! - [`host_limits`]: a host that takes less than it is given, or cannot do what others can.
 //! - [`negotiation`], [`configuration`], [`memory_table`], [`requests`], [`rings`],
-//!   [`notification`]: what a well-behaved front end and driver may rely on.
+//!   [`fairness`], [`notification`]: what a well-behaved front end and driver may rely on.
 //! - [`hostile_messages`], [`hostile_memory`], [`hostile_rings`]: what they may do to us. After
 //!   each case the process lives and the next front end is served; where one ring was broken, its
 //!   neighbour was not.
@@ -17,6 +18,8 @@ mod access;
 mod activation;
 mod configuration;
 mod control;
+mod fairness;
+mod host_limits;
 mod hostile_memory;
 mod hostile_messages;
 mod hostile_rings;

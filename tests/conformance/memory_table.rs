@@ -5,6 +5,7 @@ use crate::subject::{Subject, must_work};
 use frontend::block::{BlockDriver, HEADER_BYTES, Request, SECTOR_BYTES, VIRTIO_BLK_S_OK};
 use frontend::guest::{MemoryBy, Options};
 use frontend::memory::Shape;
+use frontend::message::VIRTIO_F_EVENT_IDX;
 use frontend::virtqueue::Buffer;
 use frontend::wire::PATIENCE;
 
@@ -93,6 +94,65 @@ fn region_can_be_removed_and_added_while_the_ring_runs() {
             .add_mem_reg(&region.description(), region.file())
             .expect("a region can be added");
     }
+}
+
+/// Takes the memory of the rings away and gives it back with `take` and `give`: nothing is lost.
+fn must_outlast(
+    driver: &mut BlockDriver,
+    take: impl Fn(&BlockDriver) -> Result<(), frontend::Error>,
+    give: impl Fn(&BlockDriver) -> Result<(), frontend::Error>,
+) {
+    for _ in 0..20 {
+        must_work(driver, 0);
+        take(driver).expect("the memory of a running ring can be taken away");
+        driver.guest.front_end.barrier().expect("the connection is still there");
+        let used = driver.guest.queues[0].ring().used_index();
+        driver.submit(0, &Request::read(0, SECTOR_BYTES));
+        driver.kick(0).expect("the device can be kicked");
+        driver.guest.front_end.barrier().expect("the connection is still there");
+        assert_eq!(driver.guest.queues[0].ring().used_index(), used, "it used memory that is gone");
+        give(driver).expect("the memory can be given back");
+        let outcome = driver.complete(0).expect("the request ends").1;
+        assert_eq!(outcome.status, VIRTIO_BLK_S_OK);
+        let next = driver.guest.queues[0].ring().used_index();
+        assert_eq!(next, used.wrapping_add(1), "the ring went on somewhere else");
+    }
+}
+
+#[test]
+fn ring_goes_on_where_it_was_when_its_own_region_is_removed_and_added() {
+    let subject = Subject::start();
+    for event_idx in [VIRTIO_F_EVENT_IDX, 0] {
+        let features = Options::default().features & !VIRTIO_F_EVENT_IDX | event_idx;
+        let mut driver = subject.driver(&Options {
+            memory: shapes(),
+            memory_by: MemoryBy::Regions,
+            features,
+            ..Options::default()
+        });
+        must_outlast(
+            &mut driver,
+            |driver| {
+                let region = driver.guest.memory.regions()[0].description();
+                driver.guest.front_end.rem_mem_reg(&region)
+            },
+            |driver| {
+                let region = &driver.guest.memory.regions()[0];
+                driver.guest.front_end.add_mem_reg(&region.description(), region.file())
+            },
+        );
+    }
+}
+
+#[test]
+fn ring_goes_on_where_it_was_when_a_table_leaves_its_region_out_for_a_while() {
+    let subject = Subject::start();
+    let mut driver = subject.driver(&Options { memory: shapes(), ..Options::default() });
+    must_outlast(
+        &mut driver,
+        |driver| driver.guest.front_end.set_mem_table(&driver.guest.memory.regions()[1..]),
+        |driver| driver.guest.front_end.set_mem_table(driver.guest.memory.regions()),
+    );
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! What is offered, and that it can be had: virtio features, protocol features, ownership, reset.
 
 use crate::subject::{QUEUE_COUNT, Subject, must_work};
+use frontend::Error;
 use frontend::block::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ,
     VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_TOPOLOGY,
@@ -8,13 +9,15 @@ use frontend::block::{
 };
 use frontend::guest::{MemoryBy, Options};
 use frontend::message::{
-    VHOST_USER_F_PROTOCOL_FEATURES, VHOST_USER_PROTOCOL_F_BACKEND_REQ,
+    VHOST_USER_F_PROTOCOL_FEATURES, VHOST_USER_GET_INFLIGHT_FD, VHOST_USER_PROTOCOL_F_BACKEND_REQ,
     VHOST_USER_PROTOCOL_F_CONFIG, VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS,
-    VHOST_USER_PROTOCOL_F_INBAND_NOTIFICATIONS, VHOST_USER_PROTOCOL_F_LOG_SHMFD,
-    VHOST_USER_PROTOCOL_F_MQ, VHOST_USER_PROTOCOL_F_REPLY_ACK, VHOST_USER_PROTOCOL_F_RESET_DEVICE,
-    VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_EVENT_IDX, VIRTIO_F_INDIRECT_DESC, VIRTIO_F_RING_PACKED,
-    VIRTIO_F_VERSION_1,
+    VHOST_USER_PROTOCOL_F_INBAND_NOTIFICATIONS, VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD,
+    VHOST_USER_PROTOCOL_F_LOG_SHMFD, VHOST_USER_PROTOCOL_F_MQ, VHOST_USER_PROTOCOL_F_REPLY_ACK,
+    VHOST_USER_PROTOCOL_F_RESET_DEVICE, VHOST_USER_SET_VRING_KICK, VIRTIO_F_ACCESS_PLATFORM,
+    VIRTIO_F_EVENT_IDX, VIRTIO_F_INDIRECT_DESC, VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1, words,
 };
+use frontend::notifier::Notifier;
+use frontend::wire::PATIENCE;
 
 /// Regions that a front end may at least have: QEMU's boards with hotplugged memory need dozens.
 const LEAST_MEM_SLOTS: u64 = 32;
@@ -64,7 +67,11 @@ fn protocol_features_are_those_that_are_served() {
     }
     // A front end relies on what it is told of: a guest hangs if in-band notifications are offered
     // and not served.
-    for mask in [VHOST_USER_PROTOCOL_F_INBAND_NOTIFICATIONS, VHOST_USER_PROTOCOL_F_LOG_SHMFD] {
+    for mask in [
+        VHOST_USER_PROTOCOL_F_INBAND_NOTIFICATIONS,
+        VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD,
+        VHOST_USER_PROTOCOL_F_LOG_SHMFD,
+    ] {
         assert_eq!(features & mask, 0, "protocol feature bit {} is offered", mask.trailing_zeros());
     }
 }
@@ -137,6 +144,45 @@ fn reset_device_leaves_a_connection_that_can_start_over() {
     must_work(&mut driver, 0);
     driver.guest.front_end.reset_device().expect("the device can be reset");
     restart(&mut driver);
+}
+
+#[test]
+fn inflight_region_is_refused() {
+    // Who had one would rely on its requests being found in it.
+    let mut subject = Subject::start();
+    let driver = subject.driver(&Options::default());
+    let front_end = &driver.guest.front_end;
+    // A region of any size, for all queues; the padding is part of the structure.
+    let mut wanted = words(&[0, 0]);
+    wanted.extend([QUEUE_COUNT.to_ne_bytes(), 128_u16.to_ne_bytes(), [0; 2], [0; 2]].concat());
+    let refused = front_end.ask(VHOST_USER_GET_INFLIGHT_FD, &wanted, &[]);
+    // Its answer has no form that says no.
+    assert!(matches!(refused, Err(Error::HangUp)), "{refused:?}");
+    drop(driver);
+    subject.must_serve_the_next();
+}
+
+#[test]
+fn reset_device_keeps_the_error_descriptor() {
+    // QEMU sends it once, before the first start, and resets the device after that.
+    let subject = Subject::start();
+    let driver = subject.driver(&Options::default());
+    let guest = &driver.guest;
+    let front_end = &guest.front_end;
+    front_end.reset_device().expect("the device can be reset");
+    front_end.set_features(guest.features).expect("features can be set again");
+    front_end.set_mem_table(guest.memory.regions()).expect("memory can be set again");
+    let queue = &guest.queues[0];
+    front_end.set_vring_num(0, u32::from(queue.ring().size())).expect("the size can be set");
+    front_end.set_vring_base(0, 0).expect("the base can be set");
+    front_end.set_vring_addr(&guest.ring_addresses(0)).expect("the addresses can be set");
+    let kick = queue.kick_notifier().map(Notifier::back_end_fd);
+    front_end.set_vring_fd(VHOST_USER_SET_VRING_KICK, 0, kick).expect("the kick can be set");
+    guest.enable(0).expect("the ring can be enabled");
+    queue.ring().set_available_index(1000);
+    driver.kick(0).expect("the device can be kicked");
+    let errors = guest.errs[0].wait(PATIENCE).expect("the err descriptor can be read");
+    assert_eq!(errors, 1, "nobody hears that the ring is broken");
 }
 
 #[test]

@@ -5,10 +5,15 @@ use crate::subject::{QUEUE_COUNT, Subject, must_work};
 use frontend::Error;
 use frontend::block::{BlockDriver, Request, SECTOR_BYTES, VIRTIO_BLK_S_OK};
 use frontend::guest::Options;
-use frontend::message::{VHOST_USER_SET_VRING_CALL, VHOST_USER_SET_VRING_KICK, VIRTIO_F_EVENT_IDX};
+use frontend::message::{
+    VHOST_USER_PROTOCOL_F_REPLY_ACK, VHOST_USER_SET_VRING_CALL, VHOST_USER_SET_VRING_KICK,
+    VIRTIO_F_EVENT_IDX,
+};
 use frontend::notifier::Notifier;
-use frontend::ring::{VIRTQ_AVAIL_F_NO_INTERRUPT, VIRTQ_USED_F_NO_NOTIFY};
+use frontend::ring::VIRTQ_AVAIL_F_NO_INTERRUPT;
 use frontend::wire::PATIENCE;
+use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
 /// Makes one end of a notification.
@@ -137,17 +142,7 @@ fn idle_device_asks_for_kicks() {
         let mut driver = subject.driver(&options);
         for _ in 0..200 {
             driver.submit(0, &Request::read(0, SECTOR_BYTES));
-            let queue = &driver.guest.queues[0];
-            let ring = queue.ring();
-            ring.full_barrier();
-            let wanted = if options.features & VIRTIO_F_EVENT_IDX == 0 {
-                ring.used_flags() & VIRTQ_USED_F_NO_NOTIFY == 0
-            } else {
-                ring.available_event() == queue.next_available().wrapping_sub(1)
-            };
-            if wanted {
-                driver.kick(0).expect("the device can be kicked");
-            }
+            driver.kick_if_wanted(0).expect("the device can be kicked");
             // A device that wants no kick is looking, and finds the request by itself.
             driver.complete(0).expect("the request ends");
         }
@@ -179,6 +174,83 @@ fn descriptors_can_be_changed_while_the_ring_runs() {
         "no call over the new descriptor"
     );
     assert_eq!(driver.complete_by_looking(0).expect("the request ends").1.status, VIRTIO_BLK_S_OK);
+}
+
+#[test]
+fn kick_descriptor_that_is_no_eventfd_is_refused() {
+    // A regular file and a device are always readable, a pipe and a socket fill up.
+    let mut subject = Subject::start();
+    let (pipe, socket) = (Notifier::pipe().expect("pipes"), Notifier::socket().expect("sockets"));
+    let file = File::open(subject.image()).expect("the image is ours");
+    let null = File::open("/dev/null").expect("every system has one");
+    let kicks = [
+        ("pipe", pipe.back_end_fd()),
+        ("socket", socket.back_end_fd()),
+        ("regular file", file.as_fd()),
+        ("device", null.as_fd()),
+    ];
+    for (what, kick) in kicks {
+        let mut driver =
+            subject.driver(&Options { queue_count: QUEUE_COUNT, ..Options::default() });
+        must_work(&mut driver, 0);
+        let front_end = &driver.guest.front_end;
+        let set_kick = || front_end.set_vring_fd(VHOST_USER_SET_VRING_KICK, 0, Some(kick));
+        front_end.get_vring_base(0).expect("the ring can be stopped");
+        // The message that starts the ring is the one that is refused: this one,
+        let started = set_kick();
+        assert!(matches!(started, Err(Error::Refused { .. })), "{what}: {started:?}");
+        // or the one that enables it.
+        front_end.set_vring_enable(0, false).expect("a ring can be disabled");
+        set_kick().unwrap_or_else(|error| panic!("{what}, ring disabled: {error}"));
+        let enabled = front_end.set_vring_enable(0, true);
+        assert!(matches!(enabled, Err(Error::Refused { .. })), "{what}, enabled: {enabled:?}");
+        must_work(&mut driver, 1);
+        let good = driver.guest.queues[0].kick_notifier().map(Notifier::back_end_fd);
+        driver
+            .guest
+            .front_end
+            .set_vring_fd(VHOST_USER_SET_VRING_KICK, 0, good)
+            .unwrap_or_else(|error| panic!("an eventfd after a {what}: {error}"));
+        must_work(&mut driver, 0);
+        drop(driver);
+        must_hang_up_on(&subject, kick);
+    }
+    subject.must_serve_the_next();
+}
+
+/// A front end that cannot be told by an acknowledgement that its kick is none loses its
+/// connection.
+#[track_caller]
+fn must_hang_up_on(subject: &Subject, kick: BorrowedFd<'_>) {
+    let protocol_features = Options::default().protocol_features & !VHOST_USER_PROTOCOL_F_REPLY_ACK;
+    let driver = subject.driver(&Options { protocol_features, ..Options::default() });
+    let front_end = &driver.guest.front_end;
+    front_end.get_vring_base(0).expect("the ring can be stopped");
+    front_end.set_vring_fd(VHOST_USER_SET_VRING_KICK, 0, Some(kick)).expect("the message goes out");
+    front_end.wire().wait_for_hang_up(PATIENCE).expect("the session ends");
+}
+
+#[test]
+fn kicks_without_requests_are_harmless() {
+    // VIRTIO 1.3, 2.7.10.2: the device MUST handle spurious notifications.
+    let subject = Subject::start();
+    for options in [Options::default(), without_event_idx()] {
+        let mut driver = subject.driver(&Options { queue_count: QUEUE_COUNT, ..options });
+        for round in 0..50 {
+            let used = driver.guest.queues[0].ring().used_index();
+            for _ in 0..round {
+                driver.kick(0).expect("the device can be kicked");
+            }
+            must_work(&mut driver, 1);
+            assert_eq!(driver.guest.queues[0].ring().used_index(), used, "chains out of nothing");
+            must_work(&mut driver, 0);
+        }
+        assert_eq!(
+            driver.guest.errs[0].wait(Duration::ZERO).expect("the err descriptor can be read"),
+            0,
+            "the ring is broken"
+        );
+    }
 }
 
 fn call(driver: &BlockDriver) -> &Notifier {

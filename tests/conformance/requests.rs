@@ -1,6 +1,6 @@
 //! The requests of the block device (VIRTIO 1.3, 5.2.6), one by one and many at a time.
 
-use crate::subject::{DISK_SECTORS, Subject, must_work};
+use crate::subject::{DISK_SECTORS, QUEUE_COUNT, Subject, must_work};
 use frontend::block::{
     BlockDriver, ID_BYTES, Request, SECTOR_BYTES, Segment, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_S_IOERR,
     VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
@@ -182,6 +182,56 @@ fn many_requests_at_once_all_come_back_with_their_own_data() {
 }
 
 #[test]
+fn more_requests_than_fit_into_one_turn_write_each_their_own_data() {
+    if crate::subject::is_another_program() {
+        return;
+    }
+    // As many as a worker takes from one ring in a turn, which is also what its engine has room
+    // for.
+    const EACH: u16 = 256;
+    let subject = Subject::with_options(&["--threads", "1"]);
+    for (round, segments) in [[1_usize, 2], [2, 3], [3, 4], [1, 5]].into_iter().enumerate() {
+        let mut driver = subject.driver(&Options {
+            queue_count: QUEUE_COUNT,
+            queue_size: EACH,
+            ..Options::default()
+        });
+        let write = |queue: u16, at: u16| {
+            let count = segments[usize::from(queue)];
+            let sector = u64::from(queue * EACH + at) * 8;
+            // Every segment has its own number in all its bytes.
+            let fill = |segment| {
+                (usize::from(at) + usize::from(queue) * 97 + segment * 31 + round * 7 + 1) % 251
+            };
+            let readable: Vec<_> = (0..count)
+                .map(|segment| vec![u8::try_from(fill(segment)).unwrap_or(0); SECTOR_BYTES])
+                .collect();
+            Request { kind: VIRTIO_BLK_T_OUT, sector, readable, ..Request::default() }
+        };
+        let all = || (0..QUEUE_COUNT).flat_map(|queue| (0..EACH).map(move |at| (queue, at)));
+        subject.while_stopped(|| {
+            for (queue, at) in all() {
+                driver.submit(queue, &write(queue, at).through_indirect_table());
+            }
+            for queue in 0..QUEUE_COUNT {
+                driver.kick(queue).expect("the device can be kicked");
+            }
+        });
+        for (queue, _) in all() {
+            assert_eq!(driver.complete(queue).expect("a write ends").1.status, VIRTIO_BLK_S_OK);
+        }
+        for (queue, at) in all() {
+            let expected = write(queue, at);
+            let written = expected.readable.concat();
+            assert!(
+                subject.image_bytes(expected.sector * 512, written.len()) == written,
+                "round {round}: write {at} of queue {queue}"
+            );
+        }
+    }
+}
+
+#[test]
 fn serial_number_is_told() {
     if crate::subject::is_another_program() {
         return;
@@ -278,6 +328,36 @@ fn segments_that_break_the_rules_are_refused() {
         Request { readable: vec![vec![0; 8]], ..Request::over_segments(VIRTIO_BLK_T_DISCARD, &[]) };
     assert_ne!(status(&mut driver, &half), VIRTIO_BLK_S_OK, "half a segment");
     must_work(&mut driver, 0);
+}
+
+#[test]
+fn segments_of_no_sectors_are_nothing_to_do() {
+    let subject = Subject::start();
+    let mut driver = subject.driver(&Options::default());
+    let config = driver.config().expect("the configuration space can be read");
+    let data = bytes(7, 64 << 10);
+    must(&mut driver, &Request::write(0, &data));
+    for (kind, limit) in [
+        (VIRTIO_BLK_T_DISCARD, config.max_discard_seg()),
+        (VIRTIO_BLK_T_WRITE_ZEROES, config.max_write_zeroes_seg()),
+    ] {
+        let empty = |sector| Segment { sector, count: 0, flags: 0 };
+        for sector in [0, 8, DISK_SECTORS] {
+            must(&mut driver, &Request::over_segments(kind, &[empty(sector)]));
+        }
+        if limit >= 3 {
+            let all = [empty(8), empty(0), empty(16)];
+            must(&mut driver, &Request::over_segments(kind, &all));
+        }
+        assert!(must(&mut driver, &Request::read(0, data.len())) == data, "request type {kind}");
+    }
+    let segments = [0, 1, 0].map(|count| Segment { sector: 8, count, flags: 0 });
+    if config.max_write_zeroes_seg() >= 3 {
+        must(&mut driver, &Request::over_segments(VIRTIO_BLK_T_WRITE_ZEROES, &segments));
+        let mut expected = data;
+        expected[8 * SECTOR_BYTES..9 * SECTOR_BYTES].fill(0);
+        assert!(must(&mut driver, &Request::read(0, expected.len())) == expected);
+    }
 }
 
 #[test]

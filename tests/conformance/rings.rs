@@ -5,6 +5,9 @@ use frontend::Error;
 use frontend::block::{BlockDriver, Request, VIRTIO_BLK_S_OK};
 use frontend::guest::Options;
 use frontend::message::VIRTIO_F_EVENT_IDX;
+use frontend::ring::VIRTQ_DESC_F_WRITE;
+use frontend::virtqueue::Buffer;
+use frontend::wire::PATIENCE;
 use std::time::Duration;
 
 /// Enough requests that a back end is in the middle of them when it is told to stop.
@@ -87,6 +90,53 @@ fn four_queues_on_two_threads_do_not_mix_their_data() {
             }
         }
     }
+}
+
+#[test]
+fn indirect_descriptor_may_follow_others_and_carry_the_write_flag() {
+    // VIRTIO 1.3, 2.7.5.3.2: the device MUST ignore the flag there, and MUST handle zero or more
+    // normal descriptors before the one that refers to a table.
+    let subject = Subject::start();
+    let mut driver = subject.driver(&Options { queue_size: 16, ..Options::default() });
+    must_work(&mut driver, 0);
+    let data: Vec<u8> = (0..1024_usize).map(|at| u8::try_from(at % 253).unwrap_or(0)).collect();
+    let [header, first, second, status, table] =
+        [16, 512, 512, 1, 64].map(|size_bytes| driver.guest.reserve(size_bytes));
+    for (direct, flags) in (0..4).flat_map(|direct| [(direct, 0), (direct, VIRTQ_DESC_F_WRITE)]) {
+        for (request, writable) in [(Request::write(8, &[]), false), (Request::read(8, 0), true)] {
+            let memory = &driver.guest.memory;
+            memory.write(header, &request.header());
+            memory.write(status, &[0xff]);
+            let (one, two) =
+                if writable { (&[0; 512][..], &[0; 512][..]) } else { data.split_at(512) };
+            memory.write(first, one);
+            memory.write(second, two);
+            let buffers = [
+                (header, 16, false),
+                (first, 512, writable),
+                (second, 512, writable),
+                (status, 1, true),
+            ]
+            .map(|(address, len_bytes, writable)| Buffer {
+                address,
+                len_bytes,
+                writable,
+            });
+            let (before, in_table) = buffers.split_at(direct);
+            let queue = &mut driver.guest.queues[0];
+            queue.submit_partly_indirect(before, in_table, (table, flags));
+            queue.kick().expect("the device can be kicked");
+            queue
+                .wait_used(PATIENCE)
+                .unwrap_or_else(|error| panic!("{direct} direct, flags {flags}: {error}"));
+            let memory = &driver.guest.memory;
+            let what = format!("{direct} direct, flags {flags}, request type {}", request.kind);
+            assert_eq!(memory.read(status, 1), [VIRTIO_BLK_S_OK], "{what}");
+            let held = [memory.read(first, 512), memory.read(second, 512)].concat();
+            assert!(held == data, "{what}");
+        }
+    }
+    assert_eq!(subject.image_bytes(8 * 512, data.len()), data);
 }
 
 #[test]

@@ -60,7 +60,11 @@ impl Subject {
 
     /// The back end with further options for our daemon.
     pub(crate) fn with_options(options: &[&str]) -> Self {
-        let directory = temp_dir();
+        Subject::in_directory(temp_dir(), options)
+    }
+
+    /// As [`Subject::with_options`], with its disk in `directory`.
+    pub(crate) fn in_directory(directory: TempDir, options: &[&str]) -> Self {
         make_disk(directory.path());
         let socket = directory.path().join("socket");
         let image = directory.path().join("disk");
@@ -69,6 +73,29 @@ impl Subject {
             Err(_) => Process::Ours(ours(directory.path(), options).start()),
         };
         Subject { process, socket, directory }
+    }
+
+    /// Our daemon on a host that lets it write no file beyond `limit_sectors`; disk and log
+    /// are in `directory`.
+    pub(crate) fn with_file_limit(directory: TempDir, limit_sectors: u64) -> Self {
+        let image = make_disk(directory.path());
+        let [socket, control, log] =
+            ["socket", "control", "log"].map(|name| directory.path().join(name));
+        // Without the trap, whoever writes beyond the limit is killed. The unit is that of POSIX.
+        let script = format!("trap '' XFSZ; ulimit -f {limit_sectors}; exec \"$0\" \"$@\"");
+        let mut shell = Command::new("sh");
+        shell.args(["-c", &script]).arg(tests::program("vhost-blk")).arg("--blk-file").arg(&image);
+        shell.arg("--socket-path").arg(&socket).arg("--control").arg(&control);
+        let log = File::create(log).expect("a file fits in a fresh directory");
+        let mut process = launch::Process::spawn(shell.stdin(Stdio::null()).stderr(log))
+            .expect("there is a shell");
+        process.wait_for_socket(&socket);
+        Subject { process: Process::Another(process), socket, directory }
+    }
+
+    /// The log of a daemon that [`Subject::with_file_limit`] has started.
+    pub(crate) fn log(&self) -> String {
+        std::fs::read_to_string(self.directory.path().join("log")).expect("the log is a file")
     }
 
     /// The vhost-user socket.
@@ -108,6 +135,30 @@ impl Subject {
             Process::Ours(daemon) => daemon.signal(signal),
             Process::Another(_) => panic!("this suite is about our own daemon"),
         }
+    }
+
+    /// Runs `act` while our daemon stands still: it finds all that happened meanwhile at once.
+    pub(crate) fn while_stopped<T>(&self, act: impl FnOnce() -> T) -> T {
+        self.signal(Signal::STOP);
+        let deadline = Instant::now() + PATIENCE;
+        while !self.stands_still() {
+            assert!(Instant::now() < deadline, "the back end does not stop");
+            std::thread::yield_now();
+        }
+        let done = act();
+        self.signal(Signal::CONT);
+        done
+    }
+
+    /// Whether every thread has stopped, but for the kernel's own ones of io_uring.
+    fn stands_still(&self) -> bool {
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.id())).expect("it lives");
+        tasks.flatten().all(|task| {
+            // A thread that has just ended has no state.
+            let stat = std::fs::read_to_string(task.path().join("stat")).unwrap_or_default();
+            let state = stat.rsplit_once(") ").map_or("T", |(_, state)| state);
+            state.starts_with('T') || stat.contains("(iou-")
+        })
     }
 
     /// The process as the harness knows it, for the suites about our own command line.

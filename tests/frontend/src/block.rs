@@ -233,6 +233,14 @@ impl BlockDriver {
         self.guest.queues[usize::from(queue)].kick()
     }
 
+    /// Notifies the device about queue `queue` only if it asks for that, as drivers do.
+    ///
+    /// # Errors
+    /// What writing to the kick descriptor says.
+    pub fn kick_if_wanted(&mut self, queue: u16) -> Result<(), Error> {
+        self.guest.queues[usize::from(queue)].kick_if_wanted()
+    }
+
     /// Waits for the next request that the device returns on `queue`: its head and what became of
     /// it.
     ///

@@ -184,6 +184,19 @@ impl SplitRing {
         self.memory.load_u16(at, Ordering::Relaxed)
     }
 
+    /// Whether the device asks to be notified of the available index having gone from `before` to
+    /// `now`, which has been published (VIRTIO 1.3, 2.7.10.1).
+    #[must_use]
+    pub fn wants_kick(&self, event_idx: bool, before: u16, now: u16) -> bool {
+        self.full_barrier();
+        if event_idx {
+            let past_event = now.wrapping_sub(self.available_event()).wrapping_sub(1);
+            past_event < now.wrapping_sub(before)
+        } else {
+            self.used_flags() & VIRTQ_USED_F_NO_NOTIFY == 0
+        }
+    }
+
     /// Orders a store to one part of the ring before a load from another: pairs with the device's
     /// own full barrier between publishing a used index or an event index and looking at the
     /// driver's side (VIRTIO 1.3, 2.7.7.2 and 2.7.10). Release and acquire alone would let the load

@@ -42,6 +42,8 @@ pub struct Virtqueue {
     outstanding: Vec<Option<Vec<u16>>>,
     next_available: u16,
     next_used: u16,
+    /// The available index when the driver last looked whether a kick is wanted.
+    told: u16,
     kick: Option<Notifier>,
     call: Option<Notifier>,
 }
@@ -65,6 +67,7 @@ impl Virtqueue {
             outstanding: vec![None; usize::from(size)],
             next_available: base,
             next_used: base,
+            told: base,
             ring,
             kick,
             call,
@@ -122,6 +125,21 @@ impl Virtqueue {
     /// # Panics
     /// If the ring has no free descriptor.
     pub fn submit_indirect(&mut self, buffers: &[Buffer], table: u64) -> u16 {
+        self.submit_partly_indirect(&[], buffers, (table, 0))
+    }
+
+    /// Makes a chain available of which the first buffers, `direct`, have descriptors of the ring
+    /// and the others, `buffers`, are in a table that is written to a guest address; `flags` go
+    /// into the descriptor that refers to it.
+    ///
+    /// # Panics
+    /// If the ring has too few free descriptors.
+    pub fn submit_partly_indirect(
+        &mut self,
+        direct: &[Buffer],
+        buffers: &[Buffer],
+        (table, flags): (u64, u16),
+    ) -> u16 {
         let last = buffers.len().saturating_sub(1);
         for (position, buffer) in buffers.iter().enumerate() {
             let next = (position < last)
@@ -130,17 +148,22 @@ impl Virtqueue {
             self.ring.memory().write(at, &chained(buffer, next).encode());
         }
         let bytes = DESCRIPTOR_BYTES * buffers.len() as u64;
-        let index = self.free.pop().expect("a free descriptor");
+        let indexes: Vec<u16> =
+            (0..=direct.len()).map(|_| self.free.pop().expect("a free descriptor")).collect();
+        for (position, buffer) in direct.iter().enumerate() {
+            let descriptor = chained(buffer, Some(indexes[position + 1]));
+            self.ring.write_descriptor(indexes[position], &descriptor);
+        }
         self.ring.write_descriptor(
-            index,
+            indexes[direct.len()],
             &Descriptor {
                 address: table,
                 len_bytes: u32::try_from(bytes).expect("a test's chain is short"),
-                flags: VIRTQ_DESC_F_INDIRECT,
+                flags: VIRTQ_DESC_F_INDIRECT | flags,
                 next: 0,
             },
         );
-        self.publish(vec![index])
+        self.publish(indexes)
     }
 
     fn publish(&mut self, indexes: Vec<u16>) -> u16 {
@@ -158,6 +181,18 @@ impl Virtqueue {
     /// What writing to the kick descriptor says.
     pub fn kick(&self) -> Result<(), Error> {
         self.kick.as_ref().map_or(Ok(()), Notifier::signal)
+    }
+
+    /// Notifies the device only if it asks for that, as drivers do.
+    ///
+    /// # Errors
+    /// What writing to the kick descriptor says.
+    pub fn kick_if_wanted(&mut self) -> Result<(), Error> {
+        let before = std::mem::replace(&mut self.told, self.next_available);
+        if self.ring.wants_kick(self.event_idx, before, self.next_available) {
+            self.kick()?;
+        }
+        Ok(())
     }
 
     /// The next used element, if there is one.
