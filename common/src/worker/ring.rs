@@ -204,9 +204,8 @@ impl<Q: DeviceQueue> ActiveRing<Q> {
     }
 
     fn call(&mut self, engine: &mut Uring) -> std::io::Result<()> {
-        if self.call.ring(engine)? == Rung::Dropped {
-            self.metrics.dropped_calls.add(1);
-        }
+        let rung = self.call.ring(engine)?;
+        self.count_call(rung);
         Ok(())
     }
 
@@ -216,11 +215,17 @@ impl<Q: DeviceQueue> ActiveRing<Q> {
         result: Result<u32, Errno>,
         engine: &mut Uring,
     ) -> std::io::Result<()> {
-        match self.call.written(result, engine)? {
-            Rung::Yes => self.metrics.calls.add(1),
+        let rung = self.call.written(result, engine)?;
+        self.count_call(rung);
+        Ok(())
+    }
+
+    fn count_call(&self, rung: Rung) {
+        match rung {
+            Rung::Written => self.metrics.calls.add(1),
+            Rung::Underway | Rung::Nobody => {}
             Rung::Dropped => self.metrics.dropped_calls.add(1),
         }
-        Ok(())
     }
 
     /// The engine has told the front end of an error, or could not.
