@@ -204,7 +204,7 @@ fn check_file(spec: RegionSpec, file: BorrowedFd<'_>) -> Result<u64, MapError> {
         // A power of two: hugetlbfs reports the size of its huge pages as its block size.
         return Ok(file_system.f_bsize as u64);
     }
-    Ok(base_page_bytes())
+    Ok(rustix::param::page_size() as u64)
 }
 
 /// What the kernel will not let anybody do to the file again; nothing where its file system has no seals.
@@ -214,12 +214,6 @@ fn seals_of(file: BorrowedFd<'_>) -> Result<SealFlags, MapError> {
         Err(Errno::INVAL) => Ok(SealFlags::empty()),
         seals => seals.map_err(|error| MapError::Examine(error.into())),
     }
-}
-
-fn base_page_bytes() -> u64 {
-    // SAFETY: sysconf reads a constant of the process.
-    let size = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
-    u64::try_from(size).expect("Linux always tells the page size")
 }
 
 /// Owns a range of this process's address space.

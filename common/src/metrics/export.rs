@@ -9,8 +9,6 @@
 //! family's name (leaving a family called just `outboard` for the bytes), and its part of the work
 //! would be the forty lines of [`Text`].
 
-use std::fmt::Write;
-
 use serde_json::{Map, Value, json};
 
 use super::{
@@ -230,7 +228,8 @@ struct Text(String);
 
 impl Text {
     fn line(&mut self, line: std::fmt::Arguments<'_>) {
-        writeln!(self.0, "{line}").expect("writing to a string does not fail");
+        self.0.push_str(&std::fmt::format(line));
+        self.0.push('\n');
     }
 
     fn family(&mut self, family: &str, kind: &str, unit: Option<&str>, help: &str) {
