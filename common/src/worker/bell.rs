@@ -16,9 +16,10 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fs::{FileType, OFlags, fcntl_getfl, fstat};
+use rustix::fs::{OFlags, fcntl_getfl};
 use rustix::io::Errno;
 
+use super::kick::is_nameless;
 use crate::engine::{Subject, Uring};
 
 /// What became of a ring of the bell.
@@ -52,10 +53,8 @@ struct Target {
 
 impl Target {
     fn new(fd: Arc<OwnedFd>) -> Self {
-        let nameless = fstat(&*fd)
-            .is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::Unknown);
         let blocking = fcntl_getfl(&*fd).is_ok_and(|flags| !flags.contains(OFlags::NONBLOCK));
-        Self { fd, blocking_eventfd: nameless && blocking }
+        Self { blocking_eventfd: blocking && is_nameless(&fd), fd }
     }
 
     /// Writes if there is room.

@@ -28,9 +28,7 @@ impl Kick {
     /// are always readable, others fill up when nobody reads them.
     pub fn new(fd: Option<Arc<OwnedFd>>) -> Result<Self, NoEventfd> {
         let Some(fd) = fd else { return Ok(Self::Polled) };
-        let nameless = fstat(&*fd)
-            .is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::Unknown);
-        if nameless { Ok(Self::Event(fd)) } else { Err(NoEventfd) }
+        if is_nameless(&fd) { Ok(Self::Event(fd)) } else { Err(NoEventfd) }
     }
 
     /// The descriptor to watch.
@@ -40,4 +38,10 @@ impl Kick {
             Self::Event(fd) => Some(fd),
         }
     }
+}
+
+/// Whether a descriptor is of the kind that an eventfd is: without a name in any file system, and
+/// neither pipe nor socket. Eventfds are the only such that front ends pass for a ring.
+pub(super) fn is_nameless(fd: &OwnedFd) -> bool {
+    fstat(fd).is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::Unknown)
 }
