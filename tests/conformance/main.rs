@@ -6,6 +6,7 @@
 //! - [`life`], [`activation`], [`access`], [`image`], [`control`]: the process, its sockets, its
 //!   image and its counters; these are about our own command line.
 //! - [`host_limits`]: a host that takes less than it is given, or cannot do what others can.
+//! - [`stability`]: whether data is on storage when the driver may count on it.
 //! - [`negotiation`], [`configuration`], [`memory_table`], [`requests`], [`rings`],
 //!   [`fairness`], [`notification`]: what a well-behaved front end and driver may rely on.
 //! - [`hostile_messages`], [`hostile_memory`], [`hostile_rings`]: what they may do to us. After
@@ -32,4 +33,5 @@ mod notification;
 mod openmetrics;
 mod requests;
 mod rings;
+mod stability;
 mod subject;

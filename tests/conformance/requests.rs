@@ -441,8 +441,7 @@ fn read_only_disk_reads_and_refuses_to_change() {
 
 #[test]
 fn driver_without_flush_writes_correct_data() {
-    // Its writes are stable before they complete (VIRTIO 1.3, 5.2.6.2); what can be seen from
-    // outside is that they are right.
+    // That its writes are also stable before they complete is a matter of `stability`.
     let subject = Subject::start();
     let options = Options {
         features: Options::default().features & !VIRTIO_BLK_F_FLUSH,
