@@ -142,7 +142,7 @@ fn descriptor_that_is_no_socket_is_refused() {
 fn serve_once(socket: &std::path::Path) {
     let deadline = std::time::Instant::now() + PATIENCE;
     let mut driver = loop {
-        // The last front end's session may still be ending.
+        // As in `Subject::connect`: the last front end may not have hung up yet.
         match BlockDriver::start(socket, &Options::default()) {
             Ok(driver) => break driver,
             Err(frontend::Error::HangUp) if std::time::Instant::now() < deadline => {

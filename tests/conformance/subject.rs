@@ -176,8 +176,10 @@ impl Subject {
         std::fs::read_dir(&directory).expect("the process lives").count()
     }
 
-    /// A connection that is being served: one that comes while the last front end's session is
-    /// still ending may be turned away.
+    /// A connection that is being served. Tries again when it is turned away: a process that another
+    /// test is just starting holds copies of this one's descriptors until its exec, so that the last
+    /// front end may not have hung up yet. That one who comes at once is let in is for `life` and the
+    /// independent client to show, where nothing is started meanwhile.
     pub(crate) fn connect(&self) -> FrontEnd {
         self.when_free(|| {
             let front_end = FrontEnd::connect(self.socket())?;
