@@ -51,7 +51,7 @@ use std::os::fd::BorrowedFd;
 
 use rustix::io::Errno;
 
-use crate::engine::{Completion, Op, Token, Uring};
+use crate::engine::{Completion, Engine, Op, Token};
 use crate::metrics::QueueMetrics;
 use crate::virtqueue::{Buffers, Chain, RingError, Virtqueue};
 
@@ -126,7 +126,7 @@ pub struct HostFault {
 /// What a queue works with during one call: its ring, its engine, its counters.
 pub struct QueueIo<'a> {
     pub(crate) ring: &'a mut Virtqueue,
-    pub(crate) engine: &'a mut Uring,
+    pub(crate) engine: &'a mut dyn Engine,
     pub(crate) metrics: &'a QueueMetrics,
     pub(crate) state: &'a mut Turn,
     /// The queue's place on its worker, which the engine gives back with a completion.

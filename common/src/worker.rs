@@ -24,7 +24,7 @@ use self::mailbox::Mailbox;
 use self::ring::{ActiveRing, Notice};
 use self::spin::Spin;
 use crate::device::{Device, HostFault};
-use crate::engine::{Completion, EngineError, Event, Subject, Uring, Wait};
+use crate::engine::{Completion, Engine, EngineError, Event, Subject, Uring, Wait};
 use crate::memory::MemoryMap;
 use crate::metrics::{Metrics, QueueMetrics};
 use crate::virtqueue::{RingError, Virtqueue};
@@ -229,6 +229,7 @@ fn spawn<D: Device>(
                 Ok(engine) => {
                     let _ = ready.send(Ok(()));
                     let rings = (0..device.queue_count()).map(|_| None).collect();
+                    let engine = Box::new(engine);
                     Worker::<D> { engine, rings, mailbox, events, began: Instant::now() }.run();
                 }
                 Err(error) => {
@@ -246,7 +247,7 @@ fn spawn<D: Device>(
 }
 
 struct Worker<D: Device> {
-    engine: Uring,
+    engine: Box<dyn Engine>,
     rings: Vec<Option<ActiveRing<D::Queue>>>,
     mailbox: Arc<Mailbox<Command<D::Queue>>>,
     events: mpsc::Sender<WorkerEvent>,
@@ -280,7 +281,7 @@ impl<D: Device> Worker<D> {
                 }
             }
             for ring in self.rings.iter_mut().flatten().filter(|ring| ring.is_runnable()) {
-                popped |= ring.process(now_ns, &mut self.engine);
+                popped |= ring.process(now_ns, &mut *self.engine);
             }
             self.close_turn()?;
             // Kicks are not asked for while a turn does not sleep, so look: another ring's work
@@ -341,12 +342,12 @@ impl<D: Device> Worker<D> {
             Subject::Operation { queue, token } => {
                 if let Some(ring) = &mut self.rings[usize::from(queue)] {
                     let done = Completion { token, result: event.outcome() };
-                    ring.complete(now_ns, done, &mut self.engine);
+                    ring.complete(now_ns, done, &mut *self.engine);
                 }
             }
             Subject::Kick { queue } => {
                 if let Some(ring) = &mut self.rings[usize::from(queue)] {
-                    let notice = ring.kicked(event.outcome(), event.more, &mut self.engine)?;
+                    let notice = ring.kicked(event.outcome(), event.more, &mut *self.engine)?;
                     if let Some(notice) = notice {
                         tell(&self.events, notice.of(queue));
                     }
@@ -361,18 +362,18 @@ impl<D: Device> Worker<D> {
             }
             Subject::Call { queue } => {
                 if let Some(ring) = &mut self.rings[usize::from(queue)] {
-                    ring.called(event.outcome(), &mut self.engine)?;
+                    ring.called(event.outcome(), &mut *self.engine)?;
                 }
             }
             Subject::Error { queue } => {
                 if let Some(ring) = &mut self.rings[usize::from(queue)] {
-                    ring.told_error(event.outcome(), &mut self.engine)?;
+                    ring.told_error(event.outcome(), &mut *self.engine)?;
                 }
             }
             Subject::CalledOff { queue } => {
                 let missed = event.outcome() == Err(rustix::io::Errno::ALREADY);
                 if let (true, Some(ring)) = (missed, &mut self.rings[usize::from(queue)]) {
-                    ring.unwatch(&mut self.engine)?;
+                    ring.unwatch(&mut *self.engine)?;
                 }
             }
         }
@@ -384,7 +385,7 @@ impl<D: Device> Worker<D> {
             let (index, command) = match command {
                 Command::Quit => return Ok(false),
                 Command::Start(mut ring) => {
-                    ring.start(&mut self.engine)?;
+                    ring.start(&mut *self.engine)?;
                     let index = usize::from(ring.index());
                     self.rings[index] = Some(*ring);
                     continue;
@@ -396,9 +397,9 @@ impl<D: Device> Worker<D> {
             };
             if let Some(ring) = &mut self.rings[usize::from(index)] {
                 match command {
-                    Command::Stop { base, .. } => ring.stop(base, &mut self.engine)?,
-                    Command::SetCall { call, .. } => ring.set_call(call, &mut self.engine)?,
-                    Command::SetError { error, .. } => ring.set_error(error, &mut self.engine)?,
+                    Command::Stop { base, .. } => ring.stop(base, &mut *self.engine)?,
+                    Command::SetCall { call, .. } => ring.set_call(call, &mut *self.engine)?,
+                    Command::SetError { error, .. } => ring.set_error(error, &mut *self.engine)?,
                     Command::SetMemory { memory, settled, .. } => ring.set_memory(memory, settled),
                     Command::Start(_) | Command::Quit => {}
                 }
@@ -411,7 +412,7 @@ impl<D: Device> Worker<D> {
     fn close_turn(&mut self) -> std::io::Result<()> {
         for index in 0..self.rings.len() {
             let Some(ring) = &mut self.rings[index] else { continue };
-            ring.publish(&mut self.engine)?;
+            ring.publish(&mut *self.engine)?;
             if let Some(fault) = ring.engine_fault() {
                 return Err(fault);
             }
@@ -419,7 +420,7 @@ impl<D: Device> Worker<D> {
             while let Some(notice) = ring.notice() {
                 tell(&self.events, notice.of(ring.index()));
             }
-            if ring.is_drained(&mut self.engine)?
+            if ring.is_drained(&mut *self.engine)?
                 && ring.is_let_go()
                 && let Some(ring) = self.rings[index].take()
             {

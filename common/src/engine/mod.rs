@@ -5,13 +5,75 @@
 //! then: the virtqueue's slot sees to that. The [`Op`] enum is the whole system-call surface of
 //! every device, so sandbox rules can be read off it.
 //!
-//! [`uring`] is the engine: everything that a turn of the worker's loop has to say to the kernel
-//! goes into one `io_uring_enter`, which also waits.
+//! [`Engine`] is what a worker knows of it. [`Uring`] is the one there is: everything that a turn of
+//! the worker's loop has to say to the kernel goes into one `io_uring_enter`, which also waits.
 
+mod event;
 mod op;
 mod uring;
 
-pub(crate) use self::op::Subject;
+use std::io;
+use std::os::fd::OwnedFd;
+
+pub(crate) use self::event::{Event, Subject, Wait};
 pub use self::op::{Completion, FileIndex, Op, Token, Zeroing};
-pub(crate) use self::uring::Event;
-pub use self::uring::{EngineError, Uring, Wait};
+pub(crate) use self::uring::Uring;
+
+/// Executes operations, watches kicks and writes calls, for one worker.
+pub(crate) trait Engine {
+    /// Queues an operation; the kernel sees it with the next [`turn`](Self::turn).
+    ///
+    /// # Errors
+    /// The kernel refused to take the submissions that were in the way.
+    fn submit(&mut self, queue: u16, token: Token, op: Op<'_>) -> io::Result<()>;
+
+    /// Watches a descriptor for being readable: an [`Event`] each time it becomes so, until one
+    /// without `more`.
+    ///
+    /// # Errors
+    /// As for [`submit`](Self::submit).
+    fn watch(&mut self, subject: Subject, fd: &OwnedFd) -> io::Result<()>;
+
+    /// Writes a notification: eight bytes, the number 1, as an eventfd wants it. The descriptor
+    /// must stay open until the event comes.
+    ///
+    /// # Errors
+    /// As for [`submit`](Self::submit).
+    fn signal(&mut self, subject: Subject, fd: &OwnedFd) -> io::Result<()>;
+
+    /// Ends a watch or a write: its last event comes soon. Another event tells whether the kernel
+    /// found it: it may not while a watch is just firing (`EALREADY`).
+    ///
+    /// # Errors
+    /// As for [`submit`](Self::submit).
+    fn call_off(&mut self, what: Subject) -> io::Result<()>;
+
+    /// Whether a turn would bring something: a look at shared memory, not a system call.
+    fn has_events(&mut self) -> bool;
+
+    /// Hands what is queued to the kernel, if anything is, and waits for nothing.
+    ///
+    /// # Errors
+    /// The kernel refused the submissions.
+    fn send(&mut self) -> io::Result<()>;
+
+    /// Hands everything queued to the kernel, waits, and appends what has completed to `events`.
+    ///
+    /// # Errors
+    /// The kernel refused the submissions.
+    fn turn(&mut self, wait: Wait, events: &mut Vec<Event>) -> io::Result<()>;
+}
+
+/// Why there is no engine.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    /// The kernel gave no ring.
+    #[error(
+        "io_uring is not available (disabled by kernel.io_uring_disabled or a seccomp filter, or \
+         the kernel is older than 5.13)"
+    )]
+    Setup(#[source] io::Error),
+    /// A worker's thread or mailbox could not be made.
+    #[error("a worker cannot be started")]
+    Worker(#[source] io::Error),
+}

@@ -9,14 +9,13 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
-use std::time::Duration;
 
-use io_uring::{IoUring, cqueue, opcode, squeue, types};
-use rustix::io::Errno;
-
-use super::op::{FileIndex, Op, Subject, Token, Zeroing};
+use super::event::{Event, Subject, Wait};
+use super::op::{FileIndex, Op, Token, Zeroing};
+use super::{Engine, EngineError};
 use crate::memory::HostBuffer;
 use crate::virtqueue::{Buffers, MAX_CHAIN_DESCRIPTORS};
+use io_uring::{IoUring, cqueue, opcode, squeue, types};
 
 /// Submissions of one turn; a turn with more makes one more system call.
 const SUBMISSIONS: u32 = 256;
@@ -30,54 +29,8 @@ const FLUSH_TRIES: u32 = 1000;
 /// `io_uring_enter(2)`: look for completions.
 const IORING_ENTER_GETEVENTS: u32 = 1;
 
-/// Why there is no engine.
-#[derive(Debug, thiserror::Error)]
-pub enum EngineError {
-    /// The kernel gave no ring.
-    #[error(
-        "io_uring is not available (disabled by kernel.io_uring_disabled or a seccomp filter, or \
-         the kernel is older than 5.13)"
-    )]
-    Setup(#[source] io::Error),
-    /// A worker's thread or mailbox could not be made.
-    #[error("a worker cannot be started")]
-    Worker(#[source] io::Error),
-}
-
-/// How long a turn may sleep.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Wait {
-    /// Not at all.
-    No,
-    /// Until something completes.
-    Forever,
-    /// Until something completes, but no longer than this.
-    AtMost(Duration),
-}
-
-/// What a completion in the ring says.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Event {
-    /// Whom it is for.
-    pub(crate) subject: Subject,
-    /// Result, or a negated error number.
-    result: i32,
-    /// Further events of the same watch will come.
-    pub(crate) more: bool,
-}
-
-impl Event {
-    /// The result as bytes moved or error.
-    pub(crate) fn outcome(&self) -> Result<u32, Errno> {
-        match u32::try_from(self.result) {
-            Ok(bytes) => Ok(bytes),
-            Err(_negative) => Err(Errno::from_raw_os_error(self.result.saturating_neg())),
-        }
-    }
-}
-
 /// An io_uring and the files that operations name.
-pub struct Uring {
+pub(crate) struct Uring {
     ring: IoUring,
     files: Vec<RawFd>,
     /// Whether the kernel holds `files` itself, so that an operation needs no look-up.
@@ -92,136 +45,11 @@ impl Uring {
     ///
     /// # Errors
     /// io_uring is disabled or missing.
-    pub fn new(files: Vec<RawFd>) -> Result<Self, EngineError> {
+    pub(crate) fn new(files: Vec<RawFd>) -> Result<Self, EngineError> {
         let ring = set_up().map_err(EngineError::Setup)?;
         // A file that cannot be registered is looked up at each operation instead.
         let registered = !files.is_empty() && ring.submitter().register_files(&files).is_ok();
         Ok(Self { ring, files, registered, arena: Vec::with_capacity(ARENA_BUFFERS) })
-    }
-
-    /// Queues an operation; the kernel sees it with the next [`turn`](Self::turn).
-    ///
-    /// # Errors
-    /// The kernel refused to take the submissions that were in the way.
-    pub(crate) fn submit(&mut self, queue: u16, token: Token, op: Op<'_>) -> io::Result<()> {
-        // Room first: making it later would clear the arena under a list that is not pushed yet.
-        if self.ring.submission().is_full() {
-            self.flush()?;
-        }
-        let entry = match op {
-            Op::Read { file, offset, into } => {
-                let (address, count) = self.list(into)?;
-                match (into.iter().next(), count) {
-                    (Some(only), 1) => self.entry(file, |fd| {
-                        let len = u32::try_from(only.len()).unwrap_or(u32::MAX);
-                        read(fd, only.address() as *mut u8, len, offset)
-                    }),
-                    _ => self.entry(file, |fd| readv(fd, address, count, offset)),
-                }
-            }
-            Op::Write { file, offset, from, durable } => {
-                let flags = if durable { libc::RWF_DSYNC } else { 0 };
-                let (address, count) = self.list(from)?;
-                self.entry(file, |fd| writev(fd, address, count, (offset, flags)))
-            }
-            Op::Sync { file } => self.entry(file, fdatasync),
-            Op::Zero { file, offset, len_bytes, zeroing } => {
-                let mode = match zeroing {
-                    Zeroing::Deallocate => libc::FALLOC_FL_PUNCH_HOLE,
-                    Zeroing::Keep => libc::FALLOC_FL_ZERO_RANGE,
-                    Zeroing::Write => {
-                        let (address, count) = self.zeros(len_bytes)?;
-                        let entry = self.entry(file, |fd| writev(fd, address, count, (offset, 0)));
-                        return self.push(Subject::Operation { queue, token }, entry);
-                    }
-                } | libc::FALLOC_FL_KEEP_SIZE;
-                self.entry(file, |fd| fallocate(fd, offset, len_bytes, mode))
-            }
-        };
-        self.push(Subject::Operation { queue, token }, entry)
-    }
-
-    /// Watches a descriptor for being readable: an [`Event`] each time it becomes so, until one
-    /// without `more`.
-    ///
-    /// # Errors
-    /// As for [`submit`](Self::submit).
-    pub(crate) fn watch(&mut self, subject: Subject, fd: &OwnedFd) -> io::Result<()> {
-        let poll = opcode::PollAdd::new(types::Fd(fd.as_raw_fd()), libc::POLLIN as u32)
-            .multi(true)
-            .build();
-        self.push(subject, poll)
-    }
-
-    /// Writes a notification: eight bytes, the number 1, as an eventfd wants it. The descriptor
-    /// must stay open until the event comes.
-    ///
-    /// # Errors
-    /// As for [`submit`](Self::submit).
-    pub(crate) fn signal(&mut self, subject: Subject, fd: &OwnedFd) -> io::Result<()> {
-        static ONE: u64 = 1;
-        let fd = types::Fd(fd.as_raw_fd());
-        let entry = opcode::Write::new(fd, (&raw const ONE).cast(), 8).offset(u64::MAX);
-        self.push(subject, entry.build())
-    }
-
-    /// Ends a watch or a write: its last event comes soon. Another event tells whether the kernel
-    /// found it: it may not while a watch is just firing (`EALREADY`).
-    ///
-    /// # Errors
-    /// As for [`submit`](Self::submit).
-    pub(crate) fn call_off(&mut self, what: Subject) -> io::Result<()> {
-        // For a watch this is not a poll removal, which gives up more often.
-        let own = Subject::CalledOff { queue: what.queue() };
-        self.push(own, opcode::AsyncCancel::new(what.encode()).build())
-    }
-
-    /// Whether a turn would bring something: a look at shared memory, not a system call.
-    pub(crate) fn has_events(&mut self) -> bool {
-        if !self.ring.completion().is_empty() {
-            return true;
-        }
-        let submission = self.ring.submission();
-        submission.taskrun() || submission.cq_overflow()
-    }
-
-    /// Hands what is queued to the kernel, if anything is, and waits for nothing.
-    ///
-    /// # Errors
-    /// The kernel refused the submissions.
-    pub(crate) fn send(&mut self) -> io::Result<()> {
-        self.flush()
-    }
-
-    /// Hands everything queued to the kernel, waits, and appends what has completed to `events`.
-    ///
-    /// # Errors
-    /// The kernel refused the submissions.
-    pub(crate) fn turn(&mut self, wait: Wait, events: &mut Vec<Event>) -> io::Result<()> {
-        let want = usize::from(wait != Wait::No && self.ring.completion().is_empty());
-        let entered = match wait {
-            Wait::AtMost(limit) => {
-                let limit = types::Timespec::from(limit);
-                let arguments = types::SubmitArgs::new().timespec(&limit);
-                self.ring.submitter().submit_with_args(want, &arguments)
-            }
-            Wait::No | Wait::Forever => self.enter(want),
-        };
-        match entered {
-            Ok(_) => {}
-            // Look at what there is; what was not submitted is the next time.
-            Err(error) if is_passing(&error) => {}
-            Err(error) => return Err(error),
-        }
-        if self.ring.submission().is_empty() {
-            self.arena.clear();
-        }
-        events.extend(self.ring.completion().map(|entry| Event {
-            subject: Subject::decode(entry.user_data()),
-            result: entry.result(),
-            more: cqueue::more(entry.flags()),
-        }));
-        Ok(())
     }
 
     /// `submit_and_wait` that also asks for completions when it need not wait: with deferred task
@@ -303,6 +131,105 @@ impl Uring {
             }
         }
         self.arena.clear();
+        Ok(())
+    }
+}
+
+impl Engine for Uring {
+    fn submit(&mut self, queue: u16, token: Token, op: Op<'_>) -> io::Result<()> {
+        // Room first: making it later would clear the arena under a list that is not pushed yet.
+        if self.ring.submission().is_full() {
+            self.flush()?;
+        }
+        let entry = match op {
+            Op::Read { file, offset, into } => {
+                let (address, count) = self.list(into)?;
+                match (into.iter().next(), count) {
+                    (Some(only), 1) => self.entry(file, |fd| {
+                        let len = u32::try_from(only.len()).unwrap_or(u32::MAX);
+                        read(fd, only.address() as *mut u8, len, offset)
+                    }),
+                    _ => self.entry(file, |fd| readv(fd, address, count, offset)),
+                }
+            }
+            Op::Write { file, offset, from, durable } => {
+                let flags = if durable { libc::RWF_DSYNC } else { 0 };
+                let (address, count) = self.list(from)?;
+                self.entry(file, |fd| writev(fd, address, count, (offset, flags)))
+            }
+            Op::Sync { file } => self.entry(file, fdatasync),
+            Op::Zero { file, offset, len_bytes, zeroing } => {
+                let mode = match zeroing {
+                    Zeroing::Deallocate => libc::FALLOC_FL_PUNCH_HOLE,
+                    Zeroing::Keep => libc::FALLOC_FL_ZERO_RANGE,
+                    Zeroing::Write => {
+                        let (address, count) = self.zeros(len_bytes)?;
+                        let entry = self.entry(file, |fd| writev(fd, address, count, (offset, 0)));
+                        return self.push(Subject::Operation { queue, token }, entry);
+                    }
+                } | libc::FALLOC_FL_KEEP_SIZE;
+                self.entry(file, |fd| fallocate(fd, offset, len_bytes, mode))
+            }
+        };
+        self.push(Subject::Operation { queue, token }, entry)
+    }
+
+    fn watch(&mut self, subject: Subject, fd: &OwnedFd) -> io::Result<()> {
+        let poll = opcode::PollAdd::new(types::Fd(fd.as_raw_fd()), libc::POLLIN as u32)
+            .multi(true)
+            .build();
+        self.push(subject, poll)
+    }
+
+    fn signal(&mut self, subject: Subject, fd: &OwnedFd) -> io::Result<()> {
+        static ONE: u64 = 1;
+        let fd = types::Fd(fd.as_raw_fd());
+        let entry = opcode::Write::new(fd, (&raw const ONE).cast(), 8).offset(u64::MAX);
+        self.push(subject, entry.build())
+    }
+
+    fn call_off(&mut self, what: Subject) -> io::Result<()> {
+        // For a watch this is not a poll removal, which gives up more often.
+        let own = Subject::CalledOff { queue: what.queue() };
+        self.push(own, opcode::AsyncCancel::new(what.encode()).build())
+    }
+
+    fn has_events(&mut self) -> bool {
+        if !self.ring.completion().is_empty() {
+            return true;
+        }
+        let submission = self.ring.submission();
+        submission.taskrun() || submission.cq_overflow()
+    }
+
+    fn send(&mut self) -> io::Result<()> {
+        self.flush()
+    }
+
+    fn turn(&mut self, wait: Wait, events: &mut Vec<Event>) -> io::Result<()> {
+        let want = usize::from(wait != Wait::No && self.ring.completion().is_empty());
+        let entered = match wait {
+            Wait::AtMost(limit) => {
+                let limit = types::Timespec::from(limit);
+                let arguments = types::SubmitArgs::new().timespec(&limit);
+                self.ring.submitter().submit_with_args(want, &arguments)
+            }
+            Wait::No | Wait::Forever => self.enter(want),
+        };
+        match entered {
+            Ok(_) => {}
+            // Look at what there is; what was not submitted is the next time.
+            Err(error) if is_passing(&error) => {}
+            Err(error) => return Err(error),
+        }
+        if self.ring.submission().is_empty() {
+            self.arena.clear();
+        }
+        events.extend(self.ring.completion().map(|entry| Event {
+            subject: Subject::decode(entry.user_data()),
+            result: entry.result(),
+            more: cqueue::more(entry.flags()),
+        }));
         Ok(())
     }
 }
@@ -389,8 +316,8 @@ mod tests {
     use std::os::unix::fs::FileExt;
     use std::sync::Arc;
 
-    use super::{SUBMISSIONS, Uring, Wait};
-    use crate::engine::{FileIndex, Op, Token};
+    use super::{SUBMISSIONS, Uring};
+    use crate::engine::{Engine, FileIndex, Op, Token, Wait};
     use crate::memory::{FrontendAddress, GuestAddress, HostBuffer, MemoryMap, Region, RegionSpec};
     use crate::virtqueue::Buffers;
 

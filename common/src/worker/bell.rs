@@ -20,7 +20,7 @@ use rustix::fs::{OFlags, fcntl_getfl};
 use rustix::io::Errno;
 
 use super::kick::is_nameless;
-use crate::engine::{Subject, Uring};
+use crate::engine::{Engine, Subject};
 
 /// What became of a ring of the bell.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,7 +73,7 @@ impl Bell {
     }
 
     /// Rings once.
-    pub(super) fn ring(&mut self, engine: &mut Uring) -> std::io::Result<Rung> {
+    pub(super) fn ring(&mut self, engine: &mut dyn Engine) -> std::io::Result<Rung> {
         let Some(target) = &self.target else { return Ok(Rung::Nobody) };
         if target.blocking_eventfd {
             return Ok(target.write());
@@ -91,7 +91,7 @@ impl Bell {
     pub(super) fn written(
         &mut self,
         result: Result<u32, Errno>,
-        engine: &mut Uring,
+        engine: &mut dyn Engine,
     ) -> std::io::Result<Rung> {
         self.writing = None;
         if std::mem::take(&mut self.again) {
@@ -104,14 +104,14 @@ impl Bell {
     pub(super) fn set_target(
         &mut self,
         target: Option<Arc<OwnedFd>>,
-        engine: &mut Uring,
+        engine: &mut dyn Engine,
     ) -> std::io::Result<()> {
         self.target = target.map(Target::new);
         if self.is_idle() { Ok(()) } else { engine.call_off(self.subject) }
     }
 
     /// Falls silent: what was rung is written now or never.
-    pub(super) fn silence(&mut self, engine: &mut Uring) -> std::io::Result<()> {
+    pub(super) fn silence(&mut self, engine: &mut dyn Engine) -> std::io::Result<()> {
         self.target = None;
         self.again = false;
         if self.is_idle() { Ok(()) } else { engine.call_off(self.subject) }
@@ -134,7 +134,7 @@ mod tests {
     use rustix::pipe::{PipeFlags, pipe, pipe_with};
 
     use super::{Bell, Rung};
-    use crate::engine::{Event, Subject, Uring, Wait};
+    use crate::engine::{Engine, Event, Subject, Uring, Wait};
 
     const SUBJECT: Subject = Subject::Call { queue: 0 };
 
@@ -159,7 +159,7 @@ mod tests {
     const PATIENCE: Wait = Wait::AtMost(Duration::from_secs(10));
 
     /// Turns until nothing is being written; what became of the writes.
-    fn turn_until_idle(bell: &mut Bell, engine: &mut Uring) -> Vec<Rung> {
+    fn turn_until_idle(bell: &mut Bell, engine: &mut dyn Engine) -> Vec<Rung> {
         let mut ended = Vec::new();
         while !bell.is_idle() {
             let before = ended.len();
@@ -174,7 +174,7 @@ mod tests {
     }
 
     /// Turns once; what became of the writes that ended.
-    fn turn(bell: &mut Bell, engine: &mut Uring, wait: Wait) -> Vec<Rung> {
+    fn turn(bell: &mut Bell, engine: &mut dyn Engine, wait: Wait) -> Vec<Rung> {
         let mut events: Vec<Event> = Vec::new();
         engine.turn(wait, &mut events).unwrap();
         let written = events.iter().filter(|event| event.subject == SUBJECT);

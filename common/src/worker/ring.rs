@@ -10,7 +10,7 @@ use super::RingStart;
 use super::bell::{Bell, Rung};
 use super::kick::Kick;
 use crate::device::{DeviceQueue, HostFault, MAX_CHAINS_PER_TURN, QueueIo, Turn};
-use crate::engine::{Completion, Subject, Uring};
+use crate::engine::{Completion, Engine, Subject};
 use crate::memory::MemoryMap;
 use crate::metrics::QueueMetrics;
 use crate::virtqueue::{RingError, Virtqueue};
@@ -76,7 +76,7 @@ impl<Q: DeviceQueue> ActiveRing<Q> {
     }
 
     /// Arrives on its worker.
-    pub(super) fn start(&mut self, engine: &mut Uring) -> std::io::Result<()> {
+    pub(super) fn start(&mut self, engine: &mut dyn Engine) -> std::io::Result<()> {
         if self.ring.has_used() {
             self.call(engine)?;
         }
@@ -84,7 +84,7 @@ impl<Q: DeviceQueue> ActiveRing<Q> {
     }
 
     /// Has the engine watch the kick, where there is one.
-    fn watch(&mut self, engine: &mut Uring) -> std::io::Result<()> {
+    fn watch(&mut self, engine: &mut dyn Engine) -> std::io::Result<()> {
         if let Some(fd) = self.kick.descriptor() {
             engine.watch(Subject::Kick { queue: self.index }, fd)?;
             self.watched = true;
@@ -97,7 +97,7 @@ impl<Q: DeviceQueue> ActiveRing<Q> {
         &mut self,
         bits: Result<u32, Errno>,
         more: bool,
-        engine: &mut Uring,
+        engine: &mut dyn Engine,
     ) -> std::io::Result<Option<Notice>> {
         self.watched = more;
         if self.stopped.is_some() {
@@ -137,7 +137,7 @@ impl<Q: DeviceQueue> ActiveRing<Q> {
     }
 
     /// Lets the device pop; true when it popped anything.
-    pub(super) fn process(&mut self, now_ns: u64, engine: &mut Uring) -> bool {
+    pub(super) fn process(&mut self, now_ns: u64, engine: &mut dyn Engine) -> bool {
         self.runnable = false;
         self.turn.now_ns = now_ns;
         self.turn.budget = MAX_CHAINS_PER_TURN;
@@ -175,14 +175,14 @@ impl<Q: DeviceQueue> ActiveRing<Q> {
     }
 
     /// Gives the device a completion.
-    pub(super) fn complete(&mut self, now_ns: u64, done: Completion, engine: &mut Uring) {
+    pub(super) fn complete(&mut self, now_ns: u64, done: Completion, engine: &mut dyn Engine) {
         self.turn.now_ns = now_ns;
         self.turn.operations -= 1;
         self.ring.operation(done.token.slot, false);
         self.with_queue(engine, |queue, io| queue.complete(done, io));
     }
 
-    fn with_queue(&mut self, engine: &mut Uring, run: impl FnOnce(&mut Q, &mut QueueIo<'_>)) {
+    fn with_queue(&mut self, engine: &mut dyn Engine, run: impl FnOnce(&mut Q, &mut QueueIo<'_>)) {
         let mut io = QueueIo {
             ring: &mut self.ring,
             engine,
@@ -194,7 +194,7 @@ impl<Q: DeviceQueue> ActiveRing<Q> {
     }
 
     /// Shows the driver this turn's used entries, and tells both sides what they are to be told.
-    pub(super) fn publish(&mut self, engine: &mut Uring) -> std::io::Result<()> {
+    pub(super) fn publish(&mut self, engine: &mut dyn Engine) -> std::io::Result<()> {
         if self.ring.is_broken() && !std::mem::replace(&mut self.error_told, true) {
             self.error.ring(engine)?;
             // Who sees the rejected chain come back is to know why.
@@ -203,7 +203,7 @@ impl<Q: DeviceQueue> ActiveRing<Q> {
         if self.ring.publish() { self.call(engine) } else { Ok(()) }
     }
 
-    fn call(&mut self, engine: &mut Uring) -> std::io::Result<()> {
+    fn call(&mut self, engine: &mut dyn Engine) -> std::io::Result<()> {
         let rung = self.call.ring(engine)?;
         self.count_call(rung);
         Ok(())
@@ -213,7 +213,7 @@ impl<Q: DeviceQueue> ActiveRing<Q> {
     pub(super) fn called(
         &mut self,
         result: Result<u32, Errno>,
-        engine: &mut Uring,
+        engine: &mut dyn Engine,
     ) -> std::io::Result<()> {
         let rung = self.call.written(result, engine)?;
         self.count_call(rung);
@@ -232,7 +232,7 @@ impl<Q: DeviceQueue> ActiveRing<Q> {
     pub(super) fn told_error(
         &mut self,
         result: Result<u32, Errno>,
-        engine: &mut Uring,
+        engine: &mut dyn Engine,
     ) -> std::io::Result<()> {
         self.error.written(result, engine).map(drop)
     }
@@ -261,7 +261,7 @@ impl<Q: DeviceQueue> ActiveRing<Q> {
     pub(super) fn stop(
         &mut self,
         base: oneshot::Sender<u16>,
-        engine: &mut Uring,
+        engine: &mut dyn Engine,
     ) -> std::io::Result<()> {
         self.stopped = Some(base);
         self.turn.stopping = true;
@@ -276,14 +276,14 @@ impl<Q: DeviceQueue> ActiveRing<Q> {
 
     /// Calls the watch off, if it still goes on. Again and again where the kernel says that it was
     /// just firing.
-    pub(super) fn unwatch(&mut self, engine: &mut Uring) -> std::io::Result<()> {
+    pub(super) fn unwatch(&mut self, engine: &mut dyn Engine) -> std::io::Result<()> {
         let goes_on = self.watched && self.stopped.is_some();
         if goes_on { engine.call_off(Subject::Kick { queue: self.index }) } else { Ok(()) }
     }
 
     /// Whether the ring was asked to stop and no chain is out any more. The last calls are on their
     /// way then; those that find no room are called off.
-    pub(super) fn is_drained(&mut self, engine: &mut Uring) -> std::io::Result<bool> {
+    pub(super) fn is_drained(&mut self, engine: &mut dyn Engine) -> std::io::Result<bool> {
         let drained =
             self.stopped.is_some() && self.turn.operations == 0 && self.ring.chains_out() == 0;
         if drained && !std::mem::replace(&mut self.silenced, true) {
@@ -323,7 +323,7 @@ impl<Q: DeviceQueue> ActiveRing<Q> {
     pub(super) fn set_call(
         &mut self,
         call: Option<Arc<OwnedFd>>,
-        engine: &mut Uring,
+        engine: &mut dyn Engine,
     ) -> std::io::Result<()> {
         self.call.set_target(call, engine)?;
         self.call(engine)
@@ -332,7 +332,7 @@ impl<Q: DeviceQueue> ActiveRing<Q> {
     pub(super) fn set_error(
         &mut self,
         error: Option<Arc<OwnedFd>>,
-        engine: &mut Uring,
+        engine: &mut dyn Engine,
     ) -> std::io::Result<()> {
         self.error.set_target(error, engine)?;
         // Who gives a new descriptor has not heard at the old one, for all we know.
