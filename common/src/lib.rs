@@ -13,9 +13,10 @@
 //! | [`engine`] | operations | results: the only place that makes a device's system calls |
 //! | [`memory`] | guest addresses | host bytes |
 //! | [`metrics`] | events | counters that anyone may read at any time |
+//! | [`rate_limit`] | requests | the times at which they may go |
 //!
 //! One arrow is allowed: `daemon → session → worker → {device, virtqueue, engine} → memory`, with
-//! `protocol` below `session` and `metrics` below all. `tests/tidy.rs` fails on one that points
+//! `protocol` below `session`, `metrics` and `rate_limit` below all. `tests/tidy.rs` fails on one that points
 //! the other way.
 
 pub mod daemon;
@@ -24,6 +25,7 @@ pub mod engine;
 pub mod memory;
 pub mod metrics;
 pub mod protocol;
+pub mod rate_limit;
 pub mod session;
 pub mod virtqueue;
 pub mod worker;
