@@ -27,7 +27,7 @@
 //!     fn queue_count(&self) -> u16 { 1 }
 //!     fn max_queue_size(&self) -> u16 { 256 }
 //!     fn features(&self) -> u64 { 0 }
-//!     fn read_config(&self, _: u32, into: &mut [u8]) { into.fill(0) }
+//!     fn read_config(&self, _: u64, _: u32, into: &mut [u8]) { into.fill(0) }
 //!     fn files(&self) -> Vec<BorrowedFd<'_>> { Vec::new() }
 //!     fn open_queue(&self, _: u16, _: u64, _: u16) -> NullQueue { NullQueue }
 //! }
@@ -73,12 +73,15 @@ pub trait Device: Send + Sync + 'static {
     fn max_queue_size(&self) -> u16;
     /// The device's own feature bits; the runtime adds those of the rings.
     fn features(&self) -> u64;
-    /// Reads the configuration space from `offset` on; beyond its end there are zeros.
-    fn read_config(&self, offset: u32, into: &mut [u8]);
+    /// Reads the configuration space from `offset` on, as a driver that acknowledged `features` sees
+    /// it (0: none has yet); beyond its end there are zeros.
+    fn read_config(&self, features: u64, offset: u32, into: &mut [u8]);
     /// A write to the configuration space; false when nothing may be written there.
     fn write_config(&self, _offset: u32, _data: &[u8]) -> bool {
         false
     }
+    /// The driver has reset the device: no ring runs, and no feature is acknowledged any more.
+    fn reset(&self) {}
     /// Looks again at what the device is made of (a grown disk): true when the configuration
     /// space has changed and the driver is to be told.
     fn refresh(&self) -> bool {
@@ -121,6 +124,17 @@ pub struct HostFault {
     pub offset: u64,
     /// What the kernel said.
     pub errno: Errno,
+}
+
+/// What an operation may move data through: the parts of one chain.
+#[derive(Clone, Copy)]
+pub struct ChainBuffers<'a> {
+    /// What the driver sent.
+    pub readable: Buffers<'a>,
+    /// The room for an answer.
+    pub writable: Buffers<'a>,
+    /// The bounce buffer, if the chain was given one.
+    pub bounce: Buffers<'a>,
 }
 
 /// What a queue works with during one call: its ring, its engine, its counters.
@@ -199,20 +213,46 @@ impl QueueIo<'_> {
         self.ring.writable(chain)
     }
 
+    /// Gives `chain` a bounce buffer of [`BOUNCE_BYTES`](crate::memory::BOUNCE_BYTES), in which
+    /// data makes a detour that the engine cannot move from or to where the driver has it. It is the
+    /// chain's until that ends.
+    ///
+    /// False where all of the ring are out: then some chain has an operation under way, and when it
+    /// ends there is one. Until then the queue [retracts](Self::retract) what it has popped.
+    pub fn give_bounce(&mut self, chain: &Chain) -> bool {
+        let given = self.ring.give_bounce(chain);
+        self.metrics.bounced.add(u64::from(given));
+        given
+    }
+
+    /// The chain's bounce buffer; no bytes where it has none.
+    pub fn bounce(&self, chain: &Chain) -> Buffers<'_> {
+        self.ring.bounce(chain)
+    }
+
+    /// Has the runtime call [`DeviceQueue::process`] in the next turn, for chains that were
+    /// retracted for want of something that is there now.
+    pub fn again(&mut self) {
+        self.state.more = true;
+    }
+
     /// Starts an operation on behalf of `chain`; its completion carries the chain's slot and
-    /// `step`. The closure picks the operation's buffers from the chain's readable and writable
-    /// ones.
+    /// `step`. The closure picks the operation's buffers from the chain's.
     pub fn submit<'s>(
         &'s mut self,
         chain: &Chain,
         step: u16,
-        op: impl FnOnce(Buffers<'s>, Buffers<'s>) -> Op<'s>,
+        op: impl FnOnce(ChainBuffers<'s>) -> Op<'s>,
     ) {
         let slot = chain.slot();
         self.ring.operation(slot, true);
         self.state.operations += 1;
-        let op = op(self.ring.readable(chain), self.ring.writable(chain));
-        if let Err(fault) = self.engine.submit(self.queue, Token { slot, step }, op) {
+        let buffers = ChainBuffers {
+            readable: self.ring.readable(chain),
+            writable: self.ring.writable(chain),
+            bounce: self.ring.bounce(chain),
+        };
+        if let Err(fault) = self.engine.submit(self.queue, Token { slot, step }, op(buffers)) {
             self.state.engine_fault = Some(fault);
         }
     }

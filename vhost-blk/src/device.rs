@@ -49,7 +49,7 @@ impl Device for BlockDevice {
         features(&self.disk, self.queues.count)
     }
 
-    fn read_config(&self, offset: u32, into: &mut [u8]) {
+    fn read_config(&self, _features: u64, offset: u32, into: &mut [u8]) {
         ConfigSpace::new(&self.disk, self.queues).read(offset, into);
     }
 
@@ -183,27 +183,23 @@ impl BlockQueue {
         let done = work.done as usize;
         let durable = self.write_through;
         match (work.step, work.request) {
-            (Step::Transfer, Request::Read { offset }) => io.submit(&work.chain, 0, |_, room| {
+            (Step::Transfer, Request::Read { offset }) => io.submit(&work.chain, 0, |parts| {
+                let room = parts.writable;
                 let data_bytes = room.len_bytes() - 1 - done;
                 let into = room.slice(done, data_bytes);
                 Op::Read { file: IMAGE, offset: offset + work.done, into }
             }),
-            (Step::Transfer, Request::Write { offset }) => io.submit(&work.chain, 0, |sent, _| {
-                let from = sent.slice(HEADER_BYTES + done, usize::MAX);
+            (Step::Transfer, Request::Write { offset }) => io.submit(&work.chain, 0, |parts| {
+                let from = parts.readable.slice(HEADER_BYTES + done, usize::MAX);
                 Op::Write { file: IMAGE, offset: offset + work.done, from, durable }
             }),
             (Step::Zero { segment, from, zeroing }, _) => {
                 let range = pending.segments[segment];
                 let (offset, len_bytes) = (range.offset + from, range.len_bytes - from);
-                io.submit(&work.chain, 0, |_, _| Op::Zero {
-                    file: IMAGE,
-                    offset,
-                    len_bytes,
-                    zeroing,
-                });
+                io.submit(&work.chain, 0, |_| Op::Zero { file: IMAGE, offset, len_bytes, zeroing });
             }
             (Step::Sync | Step::Transfer, _) => {
-                io.submit(&work.chain, 0, |_, _| Op::Sync { file: IMAGE });
+                io.submit(&work.chain, 0, |_| Op::Sync { file: IMAGE });
             }
         }
         pending.work = Some(work);

@@ -249,6 +249,10 @@ impl<'a, D: Device> FrontEnd<'a, D> {
             Action::Answer(value) => return Ok(Answered::Body(value.to_ne_bytes().to_vec())),
             Action::Ring(index) => self.settle(index).await?,
             Action::Rings => self.settle_all().await?,
+            Action::Reset => {
+                self.settle_all().await?;
+                self.device.reset();
+            }
             Action::RingBase(index) => {
                 self.settle(index).await?;
                 let base = u32::from(self.session.ring_base(index));
@@ -393,7 +397,7 @@ impl<'a, D: Device> FrontEnd<'a, D> {
         let mut body = [offset.to_ne_bytes(), len_bytes.to_ne_bytes(), [0; 4]].concat();
         let head = body.len();
         body.resize(head + len_bytes as usize, 0);
-        self.device.read_config(offset, &mut body[head..]);
+        self.device.read_config(self.session.features(), offset, &mut body[head..]);
         body
     }
 }

@@ -30,9 +30,12 @@ impl HostBuffer {
     /// Bytes that are zero, of this process and not of the guest: something to write to a file
     /// from. Nothing may be written to it.
     pub(crate) fn of_zeros() -> Self {
+        /// On a page of its own, as direct I/O wants it.
+        #[repr(align(4096))]
+        struct Zeros([u8; 1 << 16]);
         /// Long enough that a list of these zeroes many MiB in one operation.
-        static ZEROS: [u8; 1 << 16] = [0; 1 << 16];
-        Self::new(ZEROS.as_ptr().cast_mut(), ZEROS.len())
+        static ZEROS: Zeros = Zeros([0; 1 << 16]);
+        Self::new(ZEROS.0.as_ptr().cast_mut(), ZEROS.0.len())
     }
 
     /// Length in bytes.
@@ -86,6 +89,18 @@ impl HostBuffer {
         unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), into.start(), into.len()) };
         compiler_fence(Ordering::SeqCst);
         into.len()
+    }
+
+    /// Copies the bytes of `from` to the first bytes of this buffer, as far as there is room, and returns how many
+    /// were copied. The two may overlap: a guest chooses where its buffers lie.
+    #[inline]
+    pub fn copy_from(&self, from: &HostBuffer) -> usize {
+        let len = self.len().min(from.len());
+        // SAFETY: both are mapped by the module's contract and have `len` bytes, and no reference to the bytes of
+        // either exists. A guest may write meanwhile: any mixture of old and new bytes is as good as another.
+        unsafe { std::ptr::copy(from.start().cast_const(), self.start(), len) };
+        compiler_fence(Ordering::SeqCst);
+        len
     }
 
     /// The little-endian number of 16 bits at `offset`.
@@ -197,6 +212,18 @@ mod tests {
         assert_eq!(buffer.read(12, &mut back), 4);
         assert_eq!(back, [1, 2, 3, 4, 0xff, 0xff, 0xff, 0xff]);
         assert_eq!(buffer.read(usize::MAX, &mut back), 0);
+    }
+
+    #[test]
+    fn copies_between_buffers_are_clamped_to_both_and_may_overlap() {
+        let mut words = [0x0706_0504_0302_0100u64.to_le(), 0];
+        let buffer = buffer(&mut words);
+        assert_eq!(buffer.slice(4, 100).copy_from(&buffer.slice(0, 6)), 6);
+        assert_eq!(buffer.slice(14, 100).copy_from(&buffer), 2);
+        assert_eq!(buffer.slice(16, 1).copy_from(&buffer), 0);
+        let mut bytes = [0; 16];
+        buffer.read(0, &mut bytes);
+        assert_eq!(bytes, [0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 0, 0, 0, 0, 0, 1]);
     }
 
     #[test]

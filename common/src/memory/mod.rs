@@ -2,6 +2,7 @@
 //!
 //! A front end sends the guest's memory as file descriptors. [`Region`] maps one of them, [`MemoryMap`] is an immutable
 //! set of regions that translates addresses, [`HostBuffer`] is the result: a piece of a region, laid out as an iovec.
+//! A [`BounceBuffer`] stands in for guest memory that the kernel cannot take as it lies.
 //!
 //! # Contract
 //! - **A buffer is valid while its region is mapped.** `HostBuffer` carries no lifetime, because the kernel and not a
@@ -10,7 +11,7 @@
 //!   `MemoryMap`; a region that both tables name is shared by both, and is unmapped when the last holder lets go.
 //! - **The bytes belong to the guest**, who may change them at any time: nothing here makes a reference to them, and what
 //!   has been read once is kept in a private copy and never read again.
-//! - **A write by a CPU of this process** goes through [`HostBuffer::write`] and the `store_*` functions, and through
+//! - **A write by a CPU of this process** goes through [`HostBuffer::write`], [`HostBuffer::copy_from`] and the `store_*` functions, and through
 //!   nothing else. That is the seam at which a dirty log for live migration hooks in; writes by the kernel are logged by
 //!   whoever asked for them. Today there is no log, and no feature bit says so.
 //! - **A front end that shortens a file** which it has shared cannot end the process: [`sigbus`] puts zeros in the place
@@ -20,11 +21,13 @@
 //! No IOMMU translation, no postcopy, no memory that is shared read-only, no device memory (only regular files, whose
 //! length can be checked). It does not decide when a map is replaced: that is the session's business.
 
+mod bounce;
 mod buffer;
 mod map;
 mod region;
 pub mod sigbus;
 
+pub use bounce::{BOUNCE_ALIGNMENT, BOUNCE_BYTES, BounceBuffer};
 pub use buffer::HostBuffer;
 pub use map::{AccessError, FrontendAddress, GuestAddress, MemoryMap, RegionSpec};
 pub use region::{MapError, Region};

@@ -102,6 +102,13 @@ const QUEUE_COUNTERS: &[CounterDefinition<QueueMetrics>] = &[
         help: "Work given up because there was no place for it.",
         read: |queue| &queue.drops,
     },
+    CounterDefinition {
+        family: "outboard_bounced_requests",
+        json_key: "bounced",
+        unit: None,
+        help: "Requests whose data was copied because direct I/O could not use it where it lay.",
+        read: |queue| &queue.bounced,
+    },
 ];
 
 const DAEMON_COUNTERS: &[CounterDefinition<DaemonMetrics>] = &[

@@ -51,6 +51,8 @@ pub struct QueueMetrics {
     pub broken: Counter,
     /// Work given up because there was no place for it (a frame without a receive buffer).
     pub drops: Counter,
+    /// Requests whose data made a detour through a bounce buffer.
+    pub bounced: Counter,
 }
 
 impl QueueMetrics {
@@ -62,6 +64,7 @@ impl QueueMetrics {
             dropped_calls: Counter::new(),
             broken: Counter::new(),
             drops: Counter::new(),
+            bounced: Counter::new(),
         }
     }
 }

@@ -83,6 +83,8 @@ pub enum Action {
     Ring(u16),
     /// Bring all rings to where they should be.
     Rings,
+    /// Bring all rings to a stop, and reset the device.
+    Reset,
     /// Bring the ring to a stop, and answer with its base.
     RingBase(u16),
     /// The ring has another call descriptor.
@@ -207,7 +209,7 @@ impl Session {
             Request::ResetDevice => {
                 self.features = 0;
                 self.rings.iter_mut().for_each(Vring::reset);
-                Action::Rings
+                Action::Reset
             }
             // vhost-user, "VHOST_USER_RESET_OWNER": deprecated; a back end should ignore it, or
             // disable all rings.

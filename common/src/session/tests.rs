@@ -146,7 +146,7 @@ fn reset_forgets_rings_and_features_but_not_memory_nor_who_to_tell() {
     add_region(&mut session, 0).expect("region");
     session.ring_started(0);
     let reset = send(&mut session, Request::ResetDevice, Payload::Empty);
-    assert!(matches!(reset, Ok(Action::Rings)));
+    assert!(matches!(reset, Ok(Action::Reset)));
     session.ring_stopped(0, 99);
     assert!(session.ring(0).is_none());
     assert_eq!((session.ring_base(0), session.features()), (0, 0));

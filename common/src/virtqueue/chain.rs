@@ -124,6 +124,21 @@ impl<'a> Buffers<'a> {
         done
     }
 
+    /// Copies bytes of other buffers in; how many there were, and found room.
+    pub fn copy_from(self, from: Buffers<'_>) -> usize {
+        let (mut rest, mut done) = (from, 0);
+        for buffer in self.iter() {
+            let mut room = buffer;
+            for piece in rest.slice(0, buffer.len()).iter() {
+                let copied = room.copy_from(&piece);
+                room = room.slice(copied, usize::MAX);
+                done += copied;
+            }
+            rest = rest.slice(buffer.len(), usize::MAX);
+        }
+        done
+    }
+
     /// Copies bytes in; how many found room.
     pub fn write(self, from: &[u8]) -> usize {
         let mut done = 0;

@@ -161,6 +161,16 @@ impl Virtqueue {
         Buffers::new(self.slots.writable(chain.slot()))
     }
 
+    /// Gives the chain a bounce buffer until it ends; false where all of the ring are out.
+    pub(crate) fn give_bounce(&mut self, chain: &Chain) -> bool {
+        self.slots.give_bounce(chain.slot())
+    }
+
+    /// The chain's bounce buffer; no bytes where it has none.
+    pub(crate) fn bounce(&self, chain: &Chain) -> Buffers<'_> {
+        Buffers::new(self.slots.bounce(chain.slot()))
+    }
+
     /// Ends a chain as used with `written_bytes` written; the nanosecond at which it was popped.
     pub(crate) fn used(&mut self, chain: Chain, written_bytes: u32) -> u64 {
         let head = chain.end();

@@ -4,15 +4,21 @@
 //! ("Inflight I/O tracking"), so that recovery and bookkeeping share one picture; [`Slots::open`]
 //! and [`Slots::close`] are the two moments that such a region records. Memory that a popped
 //! chain may still reach stays mapped: a replaced map is kept until its last chain is closed.
-//! Nothing is allocated after the start but a slot's buffer list, which grows to the longest
-//! chain that the slot has carried.
+//! A bounce buffer that a chain was given stays with its slot, and so allocated, until the chain is
+//! closed, which is never while an operation may reach it. Nothing is allocated after the start but
+//! a slot's buffer list, which grows to the longest chain that the slot has carried, and the bounce
+//! buffers, of which there are at most [`BOUNCE_BUFFERS_MAX`].
 
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::sync::Arc;
 
 use super::chain::Extent;
-use crate::memory::{HostBuffer, MemoryMap};
+use crate::memory::{BounceBuffer, HostBuffer, MemoryMap};
+
+/// Bounce buffers of a ring: 2 MiB, and as many requests at a time. More would hide from nobody
+/// that misaligned requests are slow, and a guest could have us hold more memory.
+const BOUNCE_BUFFERS_MAX: usize = 16;
 
 /// Buffers that a slot holds without growing: header, a few data segments, status.
 const USUAL_BUFFERS: usize = 8;
@@ -24,6 +30,24 @@ pub(super) struct Slot {
     pub(super) buffers: Vec<HostBuffer>,
     readable: usize,
     out: Option<Out>,
+    bounce: Option<BounceBuffer>,
+}
+
+/// The ring's bounce buffers: made when they are first wanted, and kept.
+#[derive(Default)]
+struct Bounces {
+    free: Vec<BounceBuffer>,
+    made: usize,
+}
+
+impl Bounces {
+    fn take(&mut self) -> Option<BounceBuffer> {
+        if self.free.is_empty() && self.made < BOUNCE_BUFFERS_MAX {
+            self.made += 1;
+            return Some(BounceBuffer::new());
+        }
+        self.free.pop()
+    }
 }
 
 /// What is known of a chain while it is out.
@@ -53,6 +77,7 @@ pub(super) struct Slots {
     /// Chains popped under the current map.
     chains: u32,
     replaced: Vec<Replaced>,
+    bounces: Bounces,
 }
 
 impl Slots {
@@ -64,6 +89,7 @@ impl Slots {
             generation: 0,
             chains: 0,
             replaced: Vec::new(),
+            bounces: Bounces::default(),
         }
     }
 
@@ -94,6 +120,7 @@ impl Slots {
         let out = slot.out.take();
         let Some(out) = out else { unreachable!("chain {head} ended twice: a Chain is unique") };
         assert!(out.operations == 0, "chain {head} ended while the engine may reach its buffers");
+        self.bounces.free.extend(slot.bounce.take());
         if out.generation == self.generation {
             self.chains -= 1;
         } else if let Some(at) =
@@ -127,6 +154,20 @@ impl Slots {
     pub(super) fn writable(&self, head: u16) -> &[HostBuffer] {
         let slot = &self.slots[usize::from(head)];
         &slot.buffers[slot.readable..]
+    }
+
+    /// Gives the chain a bounce buffer until it is closed; false where all are out.
+    pub(super) fn give_bounce(&mut self, head: u16) -> bool {
+        let slot = &mut self.slots[usize::from(head)];
+        if slot.bounce.is_none() {
+            slot.bounce = self.bounces.take();
+        }
+        slot.bounce.is_some()
+    }
+
+    /// The chain's bounce buffer, or no buffer.
+    pub(super) fn bounce(&self, head: u16) -> &[HostBuffer] {
+        self.slots[usize::from(head)].bounce.as_ref().map_or(&[], BounceBuffer::bytes)
     }
 
     /// Makes `map` current; chains that are out keep theirs.
@@ -163,7 +204,7 @@ mod tests {
 
     use std::os::fd::AsFd;
 
-    use super::{Extent, Slots};
+    use super::{BOUNCE_BUFFERS_MAX, Extent, Slots};
     use crate::memory::{FrontendAddress, GuestAddress, MemoryMap, Region, RegionSpec};
 
     #[test]
@@ -206,6 +247,24 @@ mod tests {
         };
         let region = Region::map(spec, file.as_fd()).expect("map");
         Arc::new(MemoryMap::new(vec![Arc::new(region)]).expect("one region"))
+    }
+
+    #[test]
+    fn bounce_buffer_is_the_chain_s_until_it_ends_and_there_are_not_many() {
+        let head = |number: usize| u16::try_from(number).expect("small");
+        let mut slots = Slots::new(64, Arc::new(MemoryMap::empty()));
+        for number in 0..=BOUNCE_BUFFERS_MAX {
+            slots.open(head(number), head(number), Extent::default(), 0);
+            assert!(slots.bounce(head(number)).is_empty());
+            assert_eq!(slots.give_bounce(head(number)), number < BOUNCE_BUFFERS_MAX);
+        }
+        let address = |slots: &Slots, number| slots.bounce(number).first().map(|b| b.address());
+        let second = address(&slots, 1);
+        assert!(slots.give_bounce(1) && address(&slots, 1) == second, "it has one already");
+        slots.close(1);
+        assert!(slots.bounce(1).is_empty());
+        assert!(slots.give_bounce(head(BOUNCE_BUFFERS_MAX)));
+        assert_eq!(address(&slots, head(BOUNCE_BUFFERS_MAX)), second, "it is used again");
     }
 
     #[test]

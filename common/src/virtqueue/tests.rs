@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use super::{
-    Chain, RingAddresses, RingError, RingSetup, VIRTIO_F_EVENT_IDX, VIRTIO_F_INDIRECT_DESC,
-    Virtqueue,
+    Buffers, Chain, RingAddresses, RingError, RingSetup, VIRTIO_F_EVENT_IDX,
+    VIRTIO_F_INDIRECT_DESC, Virtqueue,
 };
 use crate::memory::{
     FrontendAddress, GuestAddress, HostBuffer, MemoryMap, Region, RegionSpec, guest_file,
@@ -372,4 +372,29 @@ fn ring_goes_on_from_its_base() {
     queue.publish();
     assert_eq!((driver.used_index(), driver.used(u16::MAX)), (0, (4, 3)));
     assert_eq!(queue.next_available(), 0);
+}
+
+#[test]
+fn lists_of_buffers_are_copied_whatever_their_pieces() {
+    let driver = Driver::new();
+    let bytes: Vec<u8> = (0..=250).collect();
+    driver.bytes.write(0, &bytes);
+    let pieces = |at: usize, lens: &[usize]| {
+        let mut at = at;
+        let piece = |len: &usize| {
+            at += len;
+            driver.bytes.slice(at - len, *len)
+        };
+        lens.iter().map(piece).collect::<Vec<_>>()
+    };
+    let from = pieces(0, &[1, 7, 100, 2]);
+    for (at, lens) in [(0x1000, &[3, 1, 1, 60, 45][..]), (0x2001, &[110]), (0x3000, &[5, 50])] {
+        let into = pieces(at, lens);
+        let copied = Buffers::new(&into).copy_from(Buffers::new(&from).slice(3, usize::MAX));
+        let len = lens.iter().sum::<usize>().min(107);
+        assert_eq!(copied, len);
+        let mut found = vec![0; len + 1];
+        driver.bytes.read(at, &mut found);
+        assert_eq!((&found[..len], found[len]), (&bytes[3..3 + len], 0), "{lens:?}");
+    }
 }

@@ -180,6 +180,7 @@ impl<Q: DeviceQueue> ActiveRing<Q> {
         self.turn.operations -= 1;
         self.ring.operation(done.token.slot, false);
         self.with_queue(engine, |queue, io| queue.complete(done, io));
+        self.runnable |= self.turn.more;
     }
 
     fn with_queue(&mut self, engine: &mut dyn Engine, run: impl FnOnce(&mut Q, &mut QueueIo<'_>)) {
