@@ -9,17 +9,19 @@
 //! - [`stability`]: whether data is on storage when the driver may count on it.
 //! - [`negotiation`], [`configuration`], [`memory_table`], [`requests`], [`rings`],
 //!   [`fairness`], [`notification`]: what a well-behaved front end and driver may rely on.
-//! - [`hostile_messages`], [`hostile_memory`], [`hostile_rings`]: what they may do to us. After
-//!   each case the process lives and the next front end is served; where one ring was broken, its
-//!   neighbour was not.
+//! - [`hostile_messages`], [`half_messages`], [`hostile_memory`], [`hostile_rings`]: what they may
+//!   do to us.
 //!
-//! [`subject`] starts the back end, ours or, with a command line in the environment, another one.
+//! [`aftermath`] is what every hostile case ends with: the process lives, the next front end is
+//! served, and a well-behaved queue beside the attacked one was not disturbed. [`subject`] starts the back end, ours or, with a command line in the environment, another one.
 
 mod access;
 mod activation;
+mod aftermath;
 mod configuration;
 mod control;
 mod fairness;
+mod half_messages;
 mod host_limits;
 mod hostile_memory;
 mod hostile_messages;

@@ -45,6 +45,7 @@ protocol_features! {
     VHOST_USER_PROTOCOL_F_XEN_MMAP = 17,
     VHOST_USER_PROTOCOL_F_SHARED_OBJECT = 18,
     VHOST_USER_PROTOCOL_F_DEVICE_STATE = 19,
+    VHOST_USER_PROTOCOL_F_SHMEM = 22,
 }
 
 macro_rules! virtio_features {
@@ -160,6 +161,7 @@ requests! {
     VHOST_USER_GET_SHARED_OBJECT = 41: 16 false None VHOST_USER_PROTOCOL_F_SHARED_OBJECT true;
     VHOST_USER_SET_DEVICE_STATE_FD = 42: 8 false One VHOST_USER_PROTOCOL_F_DEVICE_STATE true;
     VHOST_USER_CHECK_DEVICE_STATE = 43: 0 false None VHOST_USER_PROTOCOL_F_DEVICE_STATE true;
+    VHOST_USER_GET_SHMEM_CONFIG = 44: 0 false None VHOST_USER_PROTOCOL_F_SHMEM true;
 }
 
 /// The back end's request on its own channel that says "the configuration space has changed".

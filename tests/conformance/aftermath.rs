@@ -1,0 +1,195 @@
+//! The front end of a hostile case, with a neighbour queue that behaves well on the same connection,
+//! and what every case ends with: [`Attacker::after`].
+//!
+//! The neighbour has requests under way while queue 0 or the session is attacked. Their data is
+//! checked, and so is that of new ones.
+
+use crate::subject::{DISK_SECTORS, QUEUE_COUNT, Subject, is_peer, promise};
+use frontend::Error;
+use frontend::block::{BlockDriver, Request, SECTOR_BYTES, VIRTIO_BLK_S_OK};
+use frontend::guest::Options;
+use frontend::message::{
+    VHOST_USER_GET_CONFIG, VHOST_USER_GET_FEATURES, VHOST_USER_GET_PROTOCOL_FEATURES,
+    VHOST_USER_NEED_REPLY_MASK,
+};
+use frontend::wire::{PATIENCE, Reply, Wire};
+use std::os::fd::BorrowedFd;
+
+/// The queue beside the attacked one, which is queue 0.
+pub(crate) const NEIGHBOUR: u16 = 1;
+/// Requests of the neighbour that are under way during an attack.
+const UNDER_WAY: u64 = 4;
+/// Sectors of each.
+const SECTORS: usize = 2;
+/// Where the neighbour's sectors begin: the attacked queue must keep away from there, and
+/// [`must_work`](crate::subject::must_work) uses those behind them.
+pub(crate) const NEIGHBOUR_SECTOR: u64 = DISK_SECTORS - 64;
+
+/// What is left of a session after an attack.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Session {
+    /// It goes on.
+    Lives,
+    /// The back end has closed the connection.
+    Over,
+    /// One or the other.
+    Either,
+}
+
+/// What a back end made of a message.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Reaction {
+    /// An acknowledgement that says no, or a reply without data to a `GET_` request.
+    Refused,
+    /// The connection was closed.
+    HungUp,
+    /// An acknowledgement that says yes, or a reply.
+    Answered,
+    /// Nothing came before the answer to the next message.
+    Ignored,
+}
+
+/// A hostile front end or driver, and its neighbour.
+#[derive(Debug)]
+pub(crate) struct Attacker {
+    /// Both queues. The attack is on queue 0, or on the session.
+    pub(crate) driver: BlockDriver,
+    round: u8,
+}
+
+impl Attacker {
+    /// A session with two queues; the neighbour's is in use.
+    pub(crate) fn begin(subject: &Subject, options: &Options) -> Self {
+        let options = Options { queue_count: QUEUE_COUNT, ..options.clone() };
+        let mut attacker = Attacker { driver: subject.driver(&options), round: 0 };
+        attacker.occupy_neighbour();
+        attacker
+    }
+
+    fn data(&self, at: u64) -> Vec<u8> {
+        let fill = self.round.wrapping_mul(31).wrapping_add(u8::try_from(at).unwrap_or(0));
+        vec![fill; SECTORS * SECTOR_BYTES]
+    }
+
+    fn sector(at: u64) -> u64 {
+        NEIGHBOUR_SECTOR + at * SECTORS as u64
+    }
+
+    /// Writes new data and leaves reads of it under way.
+    fn occupy_neighbour(&mut self) {
+        self.round = self.round.wrapping_add(1);
+        for at in 0..UNDER_WAY {
+            let write = Request::write(Self::sector(at), &self.data(at));
+            let written = self.driver.perform(NEIGHBOUR, &write).expect("the neighbour can write");
+            assert_eq!(written.status, VIRTIO_BLK_S_OK, "a write of the neighbour");
+        }
+        for at in 0..UNDER_WAY {
+            let read = Request::read(Self::sector(at), SECTORS * SECTOR_BYTES);
+            self.driver.submit(NEIGHBOUR, &read);
+        }
+        self.driver.kick(NEIGHBOUR).expect("the neighbour can kick");
+    }
+
+    /// What the neighbour had under way ends as it should.
+    fn neighbour_completes(&mut self) -> Result<(), String> {
+        let mut read = Vec::new();
+        for _ in 0..UNDER_WAY {
+            let (_, outcome) =
+                self.driver.complete(NEIGHBOUR).map_err(|error| error.to_string())?;
+            if outcome.status != VIRTIO_BLK_S_OK {
+                return Err(format!("a read ended with status {}", outcome.status));
+            }
+            read.push(outcome.data);
+        }
+        // In any order: a back end may complete what it began later first.
+        let mut expected: Vec<_> = (0..UNDER_WAY).map(|at| self.data(at)).collect();
+        read.sort();
+        expected.sort();
+        if read == expected { Ok(()) } else { Err("it read other data than it wrote".into()) }
+    }
+
+    /// The neighbour was not disturbed: what it had under way has ended well, and so does what it
+    /// does next. Puts further requests under way.
+    #[track_caller]
+    pub(crate) fn neighbour_must_work(&mut self, what: &str) {
+        let undisturbed = self.neighbour_completes();
+        promise(undisturbed.is_ok(), || {
+            format!("{what}: the neighbour queue was disturbed: {undisturbed:?}")
+        });
+        if undisturbed.is_ok() {
+            self.occupy_neighbour();
+        }
+    }
+
+    /// Sends a message and says what came of it. No silence is waited for: the next message, which
+    /// is always answered, ends it.
+    pub(crate) fn send(
+        &self,
+        (request, flags): (u32, u32),
+        payload: &[u8],
+        fds: &[BorrowedFd<'_>],
+    ) -> Reaction {
+        reaction(self.driver.guest.front_end.wire(), (request, flags), payload, fds)
+    }
+
+    /// What every hostile case ends with. The session is as it should be, the neighbour was not
+    /// disturbed if it goes on, the process lives, and it serves the next front end.
+    #[track_caller]
+    pub(crate) fn after(mut self, subject: &mut Subject, session: Session, what: &str) {
+        let over = match session {
+            Session::Lives => false,
+            Session::Over if !is_peer() => {
+                let hang_up = self.driver.guest.front_end.wire().wait_for_hang_up(PATIENCE);
+                assert!(hang_up.is_ok(), "{what}: the session is not over: {hang_up:?}");
+                true
+            }
+            Session::Over | Session::Either => self.is_over(),
+        };
+        if !over {
+            self.neighbour_must_work(what);
+        }
+        drop(self);
+        subject.must_serve_the_next();
+    }
+
+    fn is_over(&self) -> bool {
+        self.driver.guest.front_end.barrier().is_err()
+    }
+}
+
+/// As [`Attacker::send`], over any connection.
+pub(crate) fn reaction(
+    wire: &Wire,
+    (request, flags): (u32, u32),
+    payload: &[u8],
+    fds: &[BorrowedFd<'_>],
+) -> Reaction {
+    let next = if request == VHOST_USER_GET_FEATURES {
+        VHOST_USER_GET_PROTOCOL_FEATURES
+    } else {
+        VHOST_USER_GET_FEATURES
+    };
+    let mut reaction = Reaction::Ignored;
+    let sent = wire.send(request, flags, payload, fds).and_then(|()| wire.send(next, 0, &[], &[]));
+    // What was answered before a hang-up is still to be read.
+    loop {
+        match wire.receive(PATIENCE) {
+            Ok(reply) if reply.request == next => return reaction,
+            Ok(reply) => reaction = what_it_says(&reply, request, flags),
+            Err(Error::HangUp) => return Reaction::HungUp,
+            Err(error) => panic!(
+                "request {request}, flags {flags:#x}, {} bytes, {} descriptors: {error} ({sent:?})",
+                payload.len(),
+                fds.len()
+            ),
+        }
+    }
+}
+
+fn what_it_says(reply: &Reply, request: u32, flags: u32) -> Reaction {
+    let acknowledges = flags & VHOST_USER_NEED_REPLY_MASK != 0 && reply.payload.len() == 8;
+    // vhost-user, "VHOST_USER_GET_CONFIG": a reply without data says that it failed.
+    let has_no_data = request == VHOST_USER_GET_CONFIG && reply.payload.len() <= 12;
+    let refuses = if acknowledges { reply.word(0) != Some(0) } else { has_no_data };
+    if refuses { Reaction::Refused } else { Reaction::Answered }
+}
