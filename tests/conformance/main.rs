@@ -9,11 +9,12 @@
 //! - [`stability`]: whether data is on storage when the driver may count on it.
 //! - [`negotiation`], [`configuration`], [`memory_table`], [`requests`], [`rings`],
 //!   [`fairness`], [`notification`]: what a well-behaved front end and driver may rely on.
-//! - [`hostile_messages`], [`half_messages`], [`hostile_memory`], [`hostile_rings`]: what they may
-//!   do to us.
+//! - [`hostile_messages`], [`half_messages`], [`untimely`], [`hostile_memory`], [`hostile_rings`]:
+//!   what they may do to us.
 //!
 //! [`aftermath`] is what every hostile case ends with: the process lives, the next front end is
-//! served, and a well-behaved queue beside the attacked one was not disturbed. [`subject`] starts the back end, ours or, with a command line in the environment, another one.
+//! served, and a well-behaved queue beside the attacked one was not disturbed. [`subject`] starts
+//! the back end, ours or, with a command line in the environment, another one.
 
 mod access;
 mod activation;
@@ -37,3 +38,4 @@ mod requests;
 mod rings;
 mod stability;
 mod subject;
+mod untimely;

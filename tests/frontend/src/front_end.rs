@@ -53,6 +53,12 @@ impl FrontEnd {
         &self.wire
     }
 
+    /// The connection, for another front end that knows nothing of what this one has said.
+    #[must_use]
+    pub fn into_wire(self) -> Wire {
+        self.wire
+    }
+
     /// Sends a request that is always answered, and returns the answer.
     ///
     /// # Errors
