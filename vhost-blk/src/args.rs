@@ -16,7 +16,7 @@ use clap::{Args, CommandFactory, Parser};
 use common::daemon::DaemonOptions;
 
 use crate::config::{QueueLimits, Serial};
-use crate::disk::{DiskSpec, OpenOptions};
+use crate::disk::{CacheMode, DiskSpec, OpenOptions};
 
 /// Most queues of a device.
 ///
@@ -59,7 +59,12 @@ pub(crate) fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Opt
     Ok(Options {
         daemon: line.daemon,
         disk,
-        open: OpenOptions { read_only: line.read_only, lock: !line.no_lock },
+        open: OpenOptions {
+            read_only: line.read_only,
+            lock: !line.no_lock,
+            cache: line.cache,
+            logical_block_bytes: line.logical_block_size,
+        },
         serial: line.serial.unwrap_or_default(),
         queues: QueueLimits { count: line.num_queues, size_max: line.queue_size },
     })
@@ -82,6 +87,28 @@ struct CommandLine {
     /// Several daemons may serve one image read-only at the same time.
     #[arg(long, help_heading = "Disk options")]
     read_only: bool,
+
+    /// How the host's cache is used, with QEMU's meaning
+    ///
+    /// Where each write is stable before it completes, the guest finds a write-through cache and
+    /// sends no flushes; else a write-back cache. It may switch between these two (CONFIG_WCE), which
+    /// stays so until it switches again. Direct I/O (none, directsync) needs a file system that has
+    /// it; requests that are misaligned for it make a detour. "unsafe" is for what may be lost.
+    #[arg(long, value_name = "MODE", value_enum, default_value_t, help_heading = "Disk options")]
+    cache: CacheMode,
+
+    /// Logical block size in bytes that the guest sees: 512, 1024, 2048 or 4096
+    ///
+    /// Default: 512 for a file, its own for a block device. A disk keeps its partitions only with
+    /// the block size that it was partitioned with, and SeaBIOS boots from 512 only. A rest of the
+    /// disk that is not a whole block is not served.
+    #[arg(
+        long,
+        value_name = "BYTES",
+        value_parser = parse_logical_block_size,
+        help_heading = "Disk options"
+    )]
+    logical_block_size: Option<u32>,
 
     /// Serial number that the guest sees: at most 20 printable ASCII characters
     ///
@@ -135,8 +162,7 @@ struct Source {
 
     /// Disk to serve: file:PATH, or null:SIZE for a disk without storage
     ///
-    /// file:PATH is a raw image or a block device. A rest of the file that is less than a sector of
-    /// 512 bytes is not served.
+    /// file:PATH is a raw image or a block device.
     ///
     /// null:SIZE forgets what is written and reads at once, whatever was in the guest's buffer: for
     /// measuring everything but the disk. SIZE is in bytes, or with k, M, G or T in units of 1024,
@@ -157,6 +183,14 @@ fn parse_queue_size(text: &str) -> Result<u16, String> {
     }
 }
 
+/// A block size that every guest takes.
+fn parse_logical_block_size(text: &str) -> Result<u32, String> {
+    match text.parse() {
+        Ok(size @ (512 | 1024 | 2048 | 4096)) => Ok(size),
+        _ => Err("a logical block size is 512, 1024, 2048 or 4096".to_owned()),
+    }
+}
+
 /// No line has more than 80 columns, the width of many terminals: clap would wrap it, and a command
 /// that is wrapped within an option does not work when it is pasted.
 const EXAMPLES: &str = "\
@@ -173,6 +207,10 @@ Examples:
     vhost-blk --socket-path /run/vm1/disk.sock --blk-file /dev/vg0/vm1 \\
       --num-queues 4 --threads 2 --control /run/vm1/disk.ctl
     curl --unix-socket /run/vm1/disk.ctl http://localhost/metrics
+
+  A database's disk: past the host's cache, in blocks that it writes whole:
+    vhost-blk --socket-path /run/vm1/db.sock --blk-file /dev/vg0/db \\
+      --cache none --logical-block-size 4096
 
   One image, read by many guests:
     vhost-blk --socket-path /run/vm2/base.sock --blk-file base.img \\
@@ -219,7 +257,8 @@ mod tests {
     fn defaults_are_those_that_the_help_gives() {
         let options = parse_words("--blk-file disk.img").unwrap();
         assert_eq!(options.disk, DiskSpec::File("disk.img".into()));
-        assert_eq!(options.open, OpenOptions { read_only: false, lock: true });
+        assert_eq!(options.open, OpenOptions::default());
+        assert_eq!(options.open.cache, CacheMode::Writeback);
         assert_eq!(options.serial, Serial::default());
         assert_eq!(options.queues, QueueLimits { count: 1, size_max: 1024 });
     }
@@ -227,11 +266,18 @@ mod tests {
     #[test]
     fn every_disk_option_arrives() {
         let options = parse_words(
-            "--disk null:1G --read-only --serial abc --num-queues 256 --queue-size 32768 --no-lock",
+            "--disk null:1G --read-only --serial abc --num-queues 256 --queue-size 32768 --no-lock \
+             --cache directsync --logical-block-size 2048",
         )
         .unwrap();
         assert_eq!(options.disk, DiskSpec::Null { len_bytes: 1 << 30 });
-        assert_eq!(options.open, OpenOptions { read_only: true, lock: false });
+        let open = OpenOptions {
+            read_only: true,
+            lock: false,
+            cache: CacheMode::Directsync,
+            logical_block_bytes: Some(2048),
+        };
+        assert_eq!(options.open, open);
         assert_eq!(options.serial, "abc".parse().unwrap());
         assert_eq!(options.queues, QueueLimits { count: 256, size_max: 32_768 });
     }
@@ -262,6 +308,11 @@ mod tests {
             "--blk-file a --queue-size 65536",
             "--blk-file a --serial 123456789012345678901",
             "--blk-file a stray",
+            "--blk-file a --cache writearound",
+            "--blk-file a --cache None",
+            "--blk-file a --logical-block-size 0",
+            "--blk-file a --logical-block-size 513",
+            "--blk-file a --logical-block-size 8192",
         ] {
             refused(wrong);
         }

@@ -1,9 +1,8 @@
 //! What the device says of itself: feature bits, the configuration space and the serial number.
 //!
 //! Contract: everything here is computed from an open disk and the options; reading it touches
-//! neither. The driver cannot write any of it: the one writable field of the specification,
-//! `writeback`, belongs to `VIRTIO_BLK_F_CONFIG_WCE`, which is not offered. CHS geometry, lifetime,
-//! secure erase and zones are not offered either: their fields are zero.
+//! neither. The driver can write one field, `writeback` ([`written_cache`]). CHS geometry, lifetime,
+//! secure erase and zones are not offered: their fields are zero.
 
 use std::str::FromStr;
 
@@ -23,6 +22,8 @@ pub(crate) const VIRTIO_BLK_F_BLK_SIZE: u64 = 1 << 6;
 pub(crate) const VIRTIO_BLK_F_FLUSH: u64 = 1 << 9;
 /// Device exports information on optimal I/O alignment.
 pub(crate) const VIRTIO_BLK_F_TOPOLOGY: u64 = 1 << 10;
+/// Device can toggle its cache between writeback and writethrough modes.
+pub(crate) const VIRTIO_BLK_F_CONFIG_WCE: u64 = 1 << 11;
 /// Device supports multiqueue.
 pub(crate) const VIRTIO_BLK_F_MQ: u64 = 1 << 12;
 /// Device can support discard command.
@@ -35,6 +36,9 @@ pub(crate) const VIRTIO_BLK_ID_BYTES: usize = 20;
 
 /// Length of `struct virtio_blk_config` up to and including the zoned part.
 const CONFIG_BYTES: usize = 96;
+
+/// Offset of the byte `writeback`.
+const WRITEBACK: usize = 32;
 
 /// Longest segment that a driver should send: 4 MiB.
 ///
@@ -64,12 +68,14 @@ pub(crate) struct QueueLimits {
 
 /// Feature bits of the block device; the transport's and the ring's are not among them.
 pub(crate) fn features(disk: &Disk, queue_count: u16) -> u64 {
-    // VIRTIO 1.3, 5.2.5.2: Devices SHOULD always offer VIRTIO_BLK_F_FLUSH.
+    // VIRTIO 1.3, 5.2.5.2: Devices SHOULD always offer VIRTIO_BLK_F_FLUSH, and MUST offer it if
+    // they offer VIRTIO_BLK_F_CONFIG_WCE.
     let always = VIRTIO_BLK_F_SIZE_MAX
         | VIRTIO_BLK_F_SEG_MAX
         | VIRTIO_BLK_F_BLK_SIZE
         | VIRTIO_BLK_F_TOPOLOGY
-        | VIRTIO_BLK_F_FLUSH;
+        | VIRTIO_BLK_F_FLUSH
+        | VIRTIO_BLK_F_CONFIG_WCE;
     let geometry = disk.geometry();
     let offered_if = |condition: bool, feature: u64| if condition { feature } else { 0 };
     always
@@ -79,14 +85,39 @@ pub(crate) fn features(disk: &Disk, queue_count: u16) -> u64 {
         | offered_if(geometry.write_zeroes.is_some(), VIRTIO_BLK_F_WRITE_ZEROES)
 }
 
+/// Whether a driver that acknowledged `features` finds a write-back cache (0: none has
+/// acknowledged any yet).
+fn is_write_back(disk: &Disk, features: u64) -> bool {
+    // VIRTIO 1.3, 5.2.5.2: if VIRTIO_BLK_F_CONFIG_WCE is negotiated but VIRTIO_BLK_F_FLUSH is not,
+    // the device MUST initialize writeback to 0.
+    disk.cache().is_write_back() && (features == 0 || features & VIRTIO_BLK_F_FLUSH != 0)
+}
+
+/// What a write of the driver does to its cache: write-back or not;
+/// `None` where nothing may be written so.
+///
+/// Without regard to VIRTIO_BLK_F_CONFIG_WCE: a driver may write between its FEATURES_OK and
+/// DRIVER_OK, and front ends tell us its features with the latter. (VIRTIO 1.3, 5.2.6.1: the driver
+/// writes 0 or 1.)
+pub(crate) fn written_cache(offset: u32, data: &[u8]) -> Option<bool> {
+    match (usize::try_from(offset), data) {
+        (Ok(WRITEBACK), [0]) => Some(false),
+        (Ok(WRITEBACK), [1]) => Some(true),
+        _ => None,
+    }
+}
+
 /// The device's configuration space.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct ConfigSpace([u8; CONFIG_BYTES]);
 
 impl ConfigSpace {
-    /// `struct virtio_blk_config` of a disk.
-    pub(crate) fn new(disk: &Disk, queues: QueueLimits) -> ConfigSpace {
-        ConfigSpace::lay_out(disk.capacity_sectors(), disk.geometry(), queues)
+    /// `struct virtio_blk_config` of a disk, for a driver that acknowledged `features` (0: none has
+    /// yet).
+    pub(crate) fn new(disk: &Disk, queues: QueueLimits, features: u64) -> ConfigSpace {
+        let mut config = ConfigSpace::lay_out(disk.capacity_sectors(), disk.geometry(), queues);
+        config.put(WRITEBACK, [u8::from(is_write_back(disk, features))]);
+        config
     }
 
     // VIRTIO 1.3, 5.2.4: Device configuration layout. All fields are little-endian.
@@ -184,7 +215,7 @@ mod tests {
     const QUEUES: QueueLimits = QueueLimits { count: 4, size_max: 1024 };
 
     fn null_disk(read_only: bool) -> Disk {
-        let options = OpenOptions { read_only, lock: true };
+        let options = OpenOptions { read_only, ..OpenOptions::default() };
         Disk::open(&DiskSpec::Null { len_bytes: 0x1122_3344 * 512 }, options).unwrap()
     }
 
@@ -192,7 +223,8 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("disk.img");
         File::create(&path).unwrap().set_len(1 << 20).unwrap();
-        Disk::open(&DiskSpec::File(path), OpenOptions { read_only, lock: true }).unwrap()
+        Disk::open(&DiskSpec::File(path), OpenOptions { read_only, ..OpenOptions::default() })
+            .unwrap()
     }
 
     fn field<const BYTES: usize>(config: &ConfigSpace, offset: u32) -> [u8; BYTES] {
@@ -237,17 +269,54 @@ mod tests {
 
     #[test]
     fn capacity_is_little_endian() {
-        let config = ConfigSpace::new(&null_disk(false), QUEUES);
+        let config = ConfigSpace::new(&null_disk(false), QUEUES, 0);
         assert_eq!(field(&config, 0), [0x44, 0x33, 0x22, 0x11, 0, 0, 0, 0]);
     }
 
     #[test]
+    fn writeback_is_the_cache_s_state_for_drivers_that_can_flush() {
+        let disk = null_disk(false);
+        let told =
+            |features| field::<1>(&ConfigSpace::new(&disk, QUEUES, features), WRITEBACK as u32)[0];
+        let version_1 = 1 << 32;
+        let flush = version_1 | VIRTIO_BLK_F_FLUSH;
+        let each = || {
+            [0, flush, flush | VIRTIO_BLK_F_CONFIG_WCE, version_1 | VIRTIO_BLK_F_CONFIG_WCE]
+                .map(told)
+        };
+        assert_eq!(each(), [1, 1, 1, 0]);
+        disk.cache().switch(false);
+        assert_eq!(each(), [0; 4]);
+        disk.cache().switch(true);
+        assert_eq!(each(), [1, 1, 1, 0]);
+    }
+
+    #[test]
+    fn only_writeback_can_be_written_and_only_as_a_whole() {
+        assert_eq!(written_cache(32, &[0]), Some(false));
+        assert_eq!(written_cache(32, &[1]), Some(true));
+        for (offset, data) in [
+            (32, &[2][..]),
+            (32, &[0xff]),
+            (32, &[]),
+            (32, &[1, 0]),
+            (31, &[1]),
+            (31, &[0, 1]),
+            (33, &[0]),
+            (0, &[0]),
+            (u32::MAX, &[0]),
+        ] {
+            assert_eq!(written_cache(offset, data), None, "{data:?} at {offset}");
+        }
+    }
+
+    #[test]
     fn reading_beyond_the_structure_gives_zeros() {
-        let config = ConfigSpace::new(&null_disk(false), QUEUES);
+        let config = ConfigSpace::new(&null_disk(false), QUEUES, 0);
         let all: [u8; 256] = field(&config, 0);
         assert_eq!(all[..CONFIG_BYTES], config.0);
         assert_eq!(all[CONFIG_BYTES..], [0; 256 - CONFIG_BYTES]);
-        assert_eq!(field(&config, 34), [4, 0, 0, 0, 0, 0]);
+        assert_eq!(field(&config, 32), [1, 0, 4, 0, 0, 0, 0, 0]);
         for offset in [95, 96, 97, 255, 256, u32::MAX] {
             assert_eq!(field(&config, offset), [0; 16], "{offset}");
         }
@@ -258,7 +327,7 @@ mod tests {
         for (size_max, seg_max) in
             [(2, 1), (4, 2), (128, 126), (256, 254), (512, 254), (32_768, 254)]
         {
-            let config = ConfigSpace::new(&null_disk(false), QueueLimits { count: 1, size_max });
+            let config = ConfigSpace::new(&null_disk(false), QueueLimits { count: 1, size_max }, 0);
             assert_eq!(le32(&config, 12), seg_max, "{size_max}");
         }
     }
@@ -274,7 +343,8 @@ mod tests {
             | VIRTIO_BLK_F_SEG_MAX
             | VIRTIO_BLK_F_BLK_SIZE
             | VIRTIO_BLK_F_TOPOLOGY
-            | VIRTIO_BLK_F_FLUSH;
+            | VIRTIO_BLK_F_FLUSH
+            | VIRTIO_BLK_F_CONFIG_WCE;
         let ranges = VIRTIO_BLK_F_DISCARD | VIRTIO_BLK_F_WRITE_ZEROES;
         assert_eq!(features(&null_disk(false), 1), always);
         assert_eq!(features(&null_disk(false), 2), always | VIRTIO_BLK_F_MQ);
@@ -285,7 +355,7 @@ mod tests {
 
     #[test]
     fn feature_bits_are_those_of_the_specification() {
-        assert_eq!(features(&file_disk(false), 2), 0b111_0110_0100_0110);
+        assert_eq!(features(&file_disk(false), 2), 0b111_1110_0100_0110);
     }
 
     #[test]

@@ -1,23 +1,24 @@
 //! The block device: requests in, operations out, status bytes back.
 //!
 //! Each request is executed step by step: one operation at a time, the next one named when the
-//! last has ended. So short reads and writes are continued, a discard works through its segments,
-//! and a write becomes stable before it is answered where the driver sends no flushes.
+//! last has ended. So short reads and writes are continued, a transfer that direct I/O does not take
+//! in one piece goes part by part, a discard works through its segments, and a write becomes stable
+//! before it is answered where the driver sends no flushes.
 
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use common::device::{Account, Device, DeviceQueue, HostFault, QueueIo};
-use common::engine::{Completion, FileIndex, Op, Zeroing};
+use common::engine::{Completion, Op, Zeroing};
 use common::virtqueue::Chain;
 use rustix::io::Errno;
 
-use crate::config::{ConfigSpace, QueueLimits, Serial, VIRTIO_BLK_F_FLUSH, features};
-use crate::disk::Disk;
+use crate::config::{
+    ConfigSpace, QueueLimits, Serial, VIRTIO_BLK_F_FLUSH, features, written_cache,
+};
+use crate::disk::{Disk, IMAGE, Range, Way};
 use crate::request::{HEADER_BYTES, KINDS, Kind, Request, Segment, Status};
-
-/// The one file that operations name.
-const IMAGE: FileIndex = FileIndex(0);
+use crate::zeroing::{Part, Progress};
 
 /// A disk as a virtio device.
 pub(crate) struct BlockDevice {
@@ -49,8 +50,20 @@ impl Device for BlockDevice {
         features(&self.disk, self.queues.count)
     }
 
-    fn read_config(&self, _features: u64, offset: u32, into: &mut [u8]) {
-        ConfigSpace::new(&self.disk, self.queues).read(offset, into);
+    fn read_config(&self, features: u64, offset: u32, into: &mut [u8]) {
+        ConfigSpace::new(&self.disk, self.queues, features).read(offset, into);
+    }
+
+    fn write_config(&self, offset: u32, data: &[u8]) -> bool {
+        let cache = written_cache(offset, data);
+        if let Some(to_write_back) = cache {
+            self.disk.switch_cache(to_write_back);
+        }
+        cache.is_some()
+    }
+
+    fn reset(&self) {
+        self.disk.reset();
     }
 
     fn refresh(&self) -> bool {
@@ -58,7 +71,7 @@ impl Device for BlockDevice {
     }
 
     fn files(&self) -> Vec<BorrowedFd<'_>> {
-        self.disk.file().into_iter().collect()
+        self.disk.files()
     }
 
     fn open_queue(&self, _index: u16, features: u64, queue_size: u16) -> BlockQueue {
@@ -67,7 +80,8 @@ impl Device for BlockDevice {
             serial: self.serial,
             // VIRTIO 1.3, 5.2.6.2: a driver that did not accept FLUSH assumes write-through: its
             // writes are stable before they are answered.
-            write_through: features & VIRTIO_BLK_F_FLUSH == 0,
+            flushes: features & VIRTIO_BLK_F_FLUSH != 0,
+            starved: false,
             pending: (0..queue_size).map(|_| Pending::default()).collect(),
         }
     }
@@ -77,7 +91,10 @@ impl Device for BlockDevice {
 pub(crate) struct BlockQueue {
     disk: Arc<Disk>,
     serial: Serial,
-    write_through: bool,
+    /// The driver can make its writes stable itself.
+    flushes: bool,
+    /// A chain was retracted for want of a bounce buffer.
+    starved: bool,
     /// What is under way, by the chain's slot.
     pending: Box<[Pending]>,
 }
@@ -96,24 +113,31 @@ struct Work {
     step: Step,
     /// Bytes of data that a transfer is to move.
     len_bytes: u64,
-    /// Bytes of data that have been moved or zeroed.
+    /// Bytes of data that have been moved, zeroed or discarded.
     done: u64,
+    /// The chain has a bounce buffer.
+    bounced: bool,
+    /// Something was changed, and may not be stable.
+    volatile: bool,
 }
 
 /// Which operation a request waits for.
 #[derive(Clone, Copy)]
 enum Step {
-    /// A read or write, of which `done` bytes are through.
-    Transfer,
-    /// The segment with this number, of which `from` bytes are through, in this way.
-    Zero { segment: usize, from: u64, zeroing: Zeroing },
+    /// A part of a read or write, the one after the `done` bytes that are through.
+    Transfer(Way),
+    /// A part of a segment.
+    Zero(Progress, Part),
     /// The data becoming stable.
     Sync,
 }
 
 impl DeviceQueue for BlockQueue {
     fn process(&mut self, io: &mut QueueIo<'_>) {
-        while let Some(chain) = io.pop() {
+        self.starved = false;
+        while !self.starved
+            && let Some(chain) = io.pop()
+        {
             self.begin(chain, io);
         }
     }
@@ -122,9 +146,12 @@ impl DeviceQueue for BlockQueue {
         let slot = usize::from(done.token.slot);
         let work = self.pending[slot].work.take();
         let Some(work) = work else { unreachable!("{done:?} ends what was never begun") };
-        match self.advance(work, done.result) {
+        match self.advance(work, done.result, io) {
             Next::Step(work) => self.submit(work, io),
             Next::Done(work, outcome) => self.finish(work, outcome, io),
+        }
+        if self.starved {
+            io.again();
         }
     }
 }
@@ -148,109 +175,202 @@ impl BlockQueue {
             Ok(request) => request,
             Err(refusal) => return answer(chain, refusal.status, Moved::none(refusal.kind), io),
         };
-        let step = match request {
-            Request::Read { .. } | Request::Write { .. } => Step::Transfer,
-            Request::Flush => Step::Sync,
-            Request::Discard | Request::WriteZeroes => {
-                Step::Zero { segment: 0, from: 0, zeroing: first_choice(request, segments.first()) }
-            }
+        let len_bytes = match request {
+            Request::Read { .. } => room_bytes as u64,
+            Request::Write { .. } => (io.readable(&chain).len_bytes() - HEADER_BYTES) as u64,
             Request::GetId => {
                 let id = io.writable(&chain).slice(0, room_bytes).write(self.serial.bytes());
                 let moved = Moved { filled: id, ..Moved::none(Kind::GetId) };
                 return answer(chain, Status::Ok, moved, io);
             }
-        };
-        let len_bytes = match request {
-            Request::Read { .. } => room_bytes as u64,
-            Request::Write { .. } => (io.readable(&chain).len_bytes() - HEADER_BYTES) as u64,
             _ => 0,
         };
-        let is_nothing = match step {
-            Step::Transfer => len_bytes == 0,
-            Step::Zero { .. } => segments.is_empty(),
-            Step::Sync => false,
-        };
-        let work = Work { chain, request, step, len_bytes, done: 0 };
-        if self.disk.file().is_none() || is_nothing {
-            return self.finish(Work { done: len_bytes, ..work }, Ok(()), io);
+        let bounced = self.needs_bounce(&chain, request, len_bytes, io);
+        if bounced && !io.give_bounce(&chain) {
+            self.starved = true;
+            return io.retract(chain);
         }
-        self.submit(work, io);
+        let (step, done, volatile) = (Step::Sync, 0, false);
+        let mut work = Work { chain, request, step, len_bytes, done, bounced, volatile };
+        match self.first_step(&work) {
+            Some(step) => {
+                work.step = step;
+                self.submit(work, io);
+            }
+            None => self.finish(Work { done: len_bytes, ..work }, Ok(()), io),
+        }
+    }
+
+    /// Whether direct I/O cannot move all of a request's data where it lies.
+    fn needs_bounce(
+        &self,
+        chain: &Chain,
+        request: Request,
+        len_bytes: u64,
+        io: &QueueIo<'_>,
+    ) -> bool {
+        let Some(direct) = self.disk.direct() else { return false };
+        match request {
+            Request::Read { offset } => {
+                let into = io.writable(chain).slice(0, len_bytes as usize);
+                direct.read_bounces(Range { offset, len_bytes }, into)
+            }
+            Request::Write { offset } => {
+                let from = io.readable(chain).slice(HEADER_BYTES, usize::MAX);
+                direct.write_bounces(Range { offset, len_bytes }, from)
+            }
+            _ => false,
+        }
+    }
+
+    /// The first operation of a request; `None` where there is nothing to do.
+    fn first_step(&self, work: &Work) -> Option<Step> {
+        self.disk.file()?;
+        match work.request {
+            Request::Read { .. } | Request::Write { .. } => self.transfer(work),
+            Request::Discard | Request::WriteZeroes => self.zero(work, Progress::default()),
+            Request::Flush => self.disk.cache().syncs().then_some(Step::Sync),
+            Request::GetId => None,
+        }
+    }
+
+    /// The next part of a read or write; `None` when it is through.
+    fn transfer(&self, work: &Work) -> Option<Step> {
+        let len_bytes = work.len_bytes - work.done;
+        let way = match (self.disk.direct(), work.request) {
+            (Some(direct), Request::Read { offset }) => {
+                direct.read(Range { offset: offset + work.done, len_bytes }, work.bounced)
+            }
+            (Some(direct), Request::Write { offset }) => {
+                direct.write(Range { offset: offset + work.done, len_bytes }, work.bounced)
+            }
+            _ => Way::Straight { file: IMAGE, len_bytes },
+        };
+        (len_bytes > 0).then_some(Step::Transfer(way))
+    }
+
+    /// The next part of a discard or zeroing; `None` when it is through.
+    fn zero(&self, work: &Work, mut progress: Progress) -> Option<Step> {
+        let segments = &self.pending[usize::from(work.chain.slot())].segments;
+        let discards = work.request == Request::Discard;
+        let part = progress.next(self.disk.zero_blocks(), segments, discards)?;
+        Some(Step::Zero(progress, part))
     }
 
     /// Names the operation of the work's step.
-    fn submit(&mut self, work: Work, io: &mut QueueIo<'_>) {
-        let pending = &mut self.pending[usize::from(work.chain.slot())];
-        let done = work.done as usize;
-        let durable = self.write_through;
+    fn submit(&mut self, mut work: Work, io: &mut QueueIo<'_>) {
         match (work.step, work.request) {
-            (Step::Transfer, Request::Read { offset }) => io.submit(&work.chain, 0, |parts| {
-                let room = parts.writable;
-                let data_bytes = room.len_bytes() - 1 - done;
-                let into = room.slice(done, data_bytes);
-                Op::Read { file: IMAGE, offset: offset + work.done, into }
-            }),
-            (Step::Transfer, Request::Write { offset }) => io.submit(&work.chain, 0, |parts| {
-                let from = parts.readable.slice(HEADER_BYTES + done, usize::MAX);
-                Op::Write { file: IMAGE, offset: offset + work.done, from, durable }
-            }),
-            (Step::Zero { segment, from, zeroing }, _) => {
-                let range = pending.segments[segment];
-                let (offset, len_bytes) = (range.offset + from, range.len_bytes - from);
-                io.submit(&work.chain, 0, |_| Op::Zero { file: IMAGE, offset, len_bytes, zeroing });
+            (Step::Transfer(way), Request::Read { offset }) => {
+                io.submit(&work.chain, 0, |parts| match way {
+                    Way::Straight { file, len_bytes } => {
+                        let into = parts.writable.slice(work.done as usize, len_bytes as usize);
+                        Op::Read { file, offset: offset + work.done, into }
+                    }
+                    Way::Bounced { start, len_bytes, .. } => {
+                        let into = parts.bounce.slice(0, len_bytes as usize);
+                        Op::Read { file: IMAGE, offset: start, into }
+                    }
+                });
             }
-            (Step::Sync | Step::Transfer, _) => {
+            (Step::Transfer(way), Request::Write { offset }) => {
+                let from = HEADER_BYTES + work.done as usize;
+                let (Way::Straight { len_bytes, .. } | Way::Bounced { len_bytes, .. }) = way;
+                // A write of several parts is synced once, when all are through.
+                let is_all = len_bytes == work.len_bytes;
+                let durable = is_all && self.submits_stable();
+                work.volatile |= !durable;
+                if matches!(way, Way::Bounced { .. }) {
+                    let data = io.readable(&work.chain).slice(from, len_bytes as usize);
+                    io.bounce(&work.chain).copy_from(data);
+                }
+                io.submit(&work.chain, 0, |parts| match way {
+                    Way::Straight { file, len_bytes } => {
+                        let from = parts.readable.slice(from, len_bytes as usize);
+                        Op::Write { file, offset: offset + work.done, from, durable }
+                    }
+                    Way::Bounced { start, len_bytes, .. } => {
+                        let from = parts.bounce.slice(0, len_bytes as usize);
+                        Op::Write { file: IMAGE, offset: start, from, durable }
+                    }
+                });
+            }
+            (Step::Zero(_, Part { file, range, zeroing }), _) => {
+                let Range { offset, len_bytes } = range;
+                work.volatile = true;
+                io.submit(&work.chain, 0, |_| Op::Zero { file, offset, len_bytes, zeroing });
+            }
+            (Step::Sync | Step::Transfer(_), _) => {
                 io.submit(&work.chain, 0, |_| Op::Sync { file: IMAGE });
             }
         }
-        pending.work = Some(work);
+        let slot = usize::from(work.chain.slot());
+        self.pending[slot].work = Some(work);
+    }
+
+    /// Whether a write that is submitted now is to be stable when it ends.
+    fn submits_stable(&self) -> bool {
+        let cache = self.disk.cache();
+        cache.syncs() && (!self.flushes || cache.submits_stable())
     }
 
     /// Takes in what an operation brought, and says what is next.
-    fn advance(&self, mut work: Work, result: Result<u32, Errno>) -> Next {
-        let segments = &self.pending[usize::from(work.chain.slot())].segments;
+    fn advance(&self, mut work: Work, result: Result<u32, Errno>, io: &QueueIo<'_>) -> Next {
         match (work.step, result) {
             // The kernel was interrupted before it did anything.
             (_, Err(Errno::INTR)) => Next::Step(work),
             (Step::Sync, result) => Next::Done(work, result.map(drop)),
-            // A file that ends before the disk does has been truncated by somebody.
-            (Step::Transfer | Step::Zero { zeroing: Zeroing::Write, .. }, Ok(0)) => {
-                Next::Done(work, Err(Errno::NODATA))
+            (Step::Transfer(way), Ok(bytes)) => {
+                let moved = moved(&work, way, u64::from(bytes), io);
+                work.done += moved;
+                let next = self.transfer(&work);
+                self.go_on(work, moved, next)
             }
-            (Step::Transfer, Ok(bytes)) => {
-                work.done += u64::from(bytes);
-                if work.done < work.len_bytes { Next::Step(work) } else { Next::Done(work, Ok(())) }
+            (Step::Zero(mut progress, part), Ok(bytes)) => {
+                let writes = part.zeroing == Zeroing::Write;
+                let through = if writes { u64::from(bytes) } else { part.range.len_bytes };
+                work.done += through;
+                progress.advance(through);
+                let next = self.zero(&work, progress);
+                self.go_on(work, through, next)
             }
-            (Step::Zero { segment, from, zeroing }, Ok(bytes)) => {
-                let range = segments[segment];
-                let step =
-                    if zeroing == Zeroing::Write { u64::from(bytes) } else { range.len_bytes };
-                work.done += step;
-                let from = from + step;
-                work.step = if from < range.len_bytes {
-                    Step::Zero { segment, from, zeroing }
-                } else if let Some(next) = segments.get(segment + 1) {
-                    let zeroing = first_choice(work.request, Some(next));
-                    Step::Zero { segment: segment + 1, from: 0, zeroing }
-                } else if self.write_through && work.request == Request::WriteZeroes {
-                    Step::Sync
-                } else {
-                    return Next::Done(work, Ok(()));
-                };
-                Next::Step(work)
-            }
-            (Step::Zero { segment, from, zeroing }, Err(Errno::OPNOTSUPP | Errno::NOSYS)) => {
-                match (work.request, zeroing) {
+            (Step::Zero(mut progress, part), Err(Errno::OPNOTSUPP | Errno::NOSYS)) => {
+                match (work.request, part.zeroing) {
                     // VIRTIO 1.3, 5.2.6: a discard is a hint, the host is free not to take it.
-                    (Request::Discard, _) => Next::Done(work, Ok(())),
+                    (Request::Discard, _) => self.close(work),
                     (_, Zeroing::Write) => Next::Done(work, Err(Errno::OPNOTSUPP)),
                     _ => {
-                        work.step = Step::Zero { segment, from, zeroing: Zeroing::Write };
-                        Next::Step(work)
+                        progress.fall_back_to_writing();
+                        let next = self.zero(&work, progress);
+                        self.go_on(work, 1, next)
                     }
                 }
             }
             (_, Err(errno)) => Next::Done(work, Err(errno)),
         }
+    }
+
+    /// After a part of so many bytes: the next one, or what comes behind the last.
+    fn go_on(&self, mut work: Work, moved: u64, next: Option<Step>) -> Next {
+        match next {
+            // A file that ends before the disk does has been truncated by somebody.
+            _ if moved == 0 => Next::Done(work, Err(Errno::NODATA)),
+            Some(step) => {
+                work.step = step;
+                Next::Step(work)
+            }
+            None => self.close(work),
+        }
+    }
+
+    /// All is moved: makes it stable where the driver takes it for that.
+    fn close(&self, mut work: Work) -> Next {
+        let cache = self.disk.cache();
+        let must_sync = if self.flushes { cache.must_sync() } else { cache.syncs() };
+        if work.volatile && must_sync {
+            work.step = Step::Sync;
+            return Next::Step(work);
+        }
+        Next::Done(work, Ok(()))
     }
 
     /// Answers a request whose operations have ended.
@@ -276,11 +396,17 @@ impl BlockQueue {
     }
 }
 
-/// How a segment is zeroed at first; where the host cannot, zeros are written.
-fn first_choice(request: Request, segment: Option<&Segment>) -> Zeroing {
-    let unmap = segment.is_some_and(|segment| segment.unmap);
-    // VIRTIO 1.3, 5.2.6.2: without the unmap flag the range MUST stay allocated.
-    if request == Request::Discard || unmap { Zeroing::Deallocate } else { Zeroing::Keep }
+/// Bytes of a request that an operation of so many bytes has moved; those of a read that went
+/// through the bounce buffer are given to the driver.
+fn moved(work: &Work, way: Way, bytes: u64, io: &QueueIo<'_>) -> u64 {
+    match (way, work.request) {
+        (Way::Bounced { skip, .. }, Request::Read { .. }) => {
+            let len_bytes = bytes.saturating_sub(skip).min(work.len_bytes - work.done) as usize;
+            let from = io.bounce(&work.chain).slice(skip as usize, len_bytes);
+            io.writable(&work.chain).slice(work.done as usize, len_bytes).copy_from(from) as u64
+        }
+        _ => bytes,
+    }
 }
 
 /// What an answered request has done.

@@ -5,6 +5,7 @@ mod config;
 mod device;
 mod disk;
 mod request;
+mod zeroing;
 
 use std::process::ExitCode;
 

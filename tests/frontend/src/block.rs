@@ -21,6 +21,7 @@ features! {
     VIRTIO_BLK_F_BLK_SIZE = 6,
     VIRTIO_BLK_F_FLUSH = 9,
     VIRTIO_BLK_F_TOPOLOGY = 10,
+    VIRTIO_BLK_F_CONFIG_WCE = 11,
     VIRTIO_BLK_F_MQ = 12,
     VIRTIO_BLK_F_DISCARD = 13,
     VIRTIO_BLK_F_WRITE_ZEROES = 14,
@@ -346,6 +347,8 @@ impl Config {
         min_io_size: u16 = 26;
         /// Suggested best I/O size in logical blocks.
         opt_io_size: u32 = 28;
+        /// 1 for a write-back cache, 0 for a write-through one.
+        writeback: u8 = 32;
         /// Queues.
         num_queues: u16 = 34;
         /// Most sectors in a discard segment.

@@ -16,7 +16,7 @@ use std::str::FromStr;
 use rustix::fs::Dev;
 use thiserror::Error;
 
-use super::geometry::{Geometry, Shape};
+use super::geometry::{Discards, Geometry, Shape};
 
 /// Where the kernel shows its devices.
 pub(super) const SYSFS: &str = "/sys";
@@ -84,8 +84,16 @@ impl BlockDevice {
         Ok(BlockDevice { directory, queue })
     }
 
-    /// Its geometry, or why it cannot be served.
-    pub(super) fn geometry(&self, read_only: bool) -> Result<Geometry, DeviceError> {
+    /// Its geometry, with another logical block if the operator wants one, and its own logical
+    /// block in bytes; or why it cannot be served.
+    ///
+    /// A logical block that is smaller than the device's works: what is less than a block of the
+    /// device is read, changed and written by the host.
+    pub(super) fn geometry(
+        &self,
+        read_only: bool,
+        wanted_bytes: Option<u32>,
+    ) -> Result<(Geometry, u32), DeviceError> {
         match text(self.queue.join("zoned"))? {
             Some(model) if model != "none" => return Err(DeviceError::Zoned { model }),
             _ => {}
@@ -94,16 +102,18 @@ impl BlockDevice {
             return Err(DeviceError::ReadOnly);
         }
         let in_queue = |attribute: &str| Ok(self.number(&self.queue.join(attribute))?.unwrap_or(0));
-        let logical_bytes = u32::try_from(in_queue("logical_block_size")?).unwrap_or(u32::MAX);
-        if !LOGICAL_BYTES.contains(&logical_bytes) || !logical_bytes.is_power_of_two() {
-            return Err(DeviceError::BlockSize(logical_bytes));
+        let own_bytes = u32::try_from(in_queue("logical_block_size")?).unwrap_or(u32::MAX);
+        if !LOGICAL_BYTES.contains(&own_bytes) || !own_bytes.is_power_of_two() {
+            return Err(DeviceError::BlockSize(own_bytes));
         }
+        let logical_bytes = wanted_bytes.unwrap_or(own_bytes);
+        let physical_bytes = in_queue("physical_block_size")?.max(u64::from(logical_bytes));
         // The kernel says -1 where nothing is aligned; then there is no offset to tell.
         let alignment_offset =
             self.number::<i64>(&self.directory.join("alignment_offset"))?.unwrap_or(0);
         let geometry = Geometry::from(Shape {
             logical_bytes,
-            physical_bytes: in_queue("physical_block_size")?,
+            physical_bytes,
             alignment_offset_bytes: u64::try_from(alignment_offset).unwrap_or(0),
             min_io_bytes: in_queue("minimum_io_size")?,
             opt_io_bytes: in_queue("optimal_io_size")?,
@@ -111,13 +121,15 @@ impl BlockDevice {
         // A discard is executed by punching a hole, which the kernel makes a zeroing that unmaps:
         // the device must be able to do both. Zeroing without unmapping always works, because there
         // the kernel writes zeros if it must.
-        let discards =
-            in_queue("discard_max_bytes")? > 0 && in_queue("write_zeroes_max_bytes")? > 0;
+        let zero_max_bytes = in_queue("write_zeroes_max_bytes")?;
+        let max_bytes = in_queue("discard_max_bytes")?.min(zero_max_bytes);
         let granularity_bytes = in_queue("discard_granularity")?;
-        let offered = !read_only && discards;
-        Ok(geometry
-            .with_discard(offered.then_some(granularity_bytes))
-            .with_write_zeroes(!read_only))
+        let discards = Discards { granularity_bytes, max_bytes };
+        let zero_max_bytes = if zero_max_bytes == 0 { u64::MAX } else { zero_max_bytes };
+        let geometry = geometry
+            .with_discard((!read_only && max_bytes > 0).then_some(discards))
+            .with_write_zeroes((!read_only).then_some(zero_max_bytes));
+        Ok((geometry, own_bytes))
     }
 
     fn number<T: FromStr<Err = ParseIntError>>(
@@ -184,7 +196,17 @@ mod tests {
         }
 
         fn geometry(&self, minor: u32, read_only: bool) -> Result<Geometry, DeviceError> {
-            BlockDevice::find(self.0.path(), rustix::fs::makedev(8, minor))?.geometry(read_only)
+            self.with_block(minor, read_only, None).map(|(geometry, _)| geometry)
+        }
+
+        fn with_block(
+            &self,
+            minor: u32,
+            read_only: bool,
+            wanted_bytes: Option<u32>,
+        ) -> Result<(Geometry, u32), DeviceError> {
+            BlockDevice::find(self.0.path(), rustix::fs::makedev(8, minor))?
+                .geometry(read_only, wanted_bytes)
         }
     }
 
@@ -206,6 +228,35 @@ mod tests {
             sysfs.geometry(1, false).unwrap(),
             Geometry { alignment_offset: 2, ..sysfs.geometry(0, false).unwrap() }
         );
+    }
+
+    #[test]
+    fn limits_are_the_device_s_where_they_are_less_than_ours() {
+        let sysfs = Sysfs::new();
+        let limits = |sysfs: &Sysfs| {
+            let geometry = sysfs.geometry(0, false).unwrap();
+            let discard = geometry.discard.map(|limits| limits.max_sectors);
+            (discard, geometry.write_zeroes.map(|limits| limits.max_sectors))
+        };
+        // A discard is a zeroing that unmaps, so the device's limit of zeroing is one of both.
+        assert_eq!(limits(&sysfs), (Some(4096), Some(4096)));
+        sysfs.set("sda/queue/discard_max_bytes", "1048576");
+        assert_eq!(limits(&sysfs), (Some(2048), Some(4096)));
+        sysfs.set("sda/queue/write_zeroes_max_bytes", "2147450880");
+        sysfs.set("sda/queue/discard_max_bytes", "2147450880");
+        let ours = Geometry::of_regular_file(4096, None, false);
+        let ours = (ours.discard, ours.write_zeroes);
+        assert_eq!(limits(&sysfs).0, ours.0.map(|limits| limits.max_sectors));
+        assert_eq!(limits(&sysfs).1, ours.1.map(|limits| limits.max_sectors));
+    }
+
+    #[test]
+    fn other_logical_block_is_told_in_place_of_the_device_s() {
+        for (wanted, exp) in [(512, 5), (4096, 2)] {
+            let (geometry, own) = Sysfs::new().with_block(0, false, Some(wanted)).unwrap();
+            assert_eq!((geometry.logical_block_bytes, own), (wanted, 4096));
+            assert_eq!(geometry.physical_block_exp, exp, "the physical block stays what it is");
+        }
     }
 
     #[test]

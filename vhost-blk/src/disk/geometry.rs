@@ -99,56 +99,92 @@ pub(super) struct Shape {
 }
 
 impl Geometry {
-    /// A disk of 512-byte blocks with nothing special: the null disk.
-    pub(super) fn plain() -> Geometry {
-        Geometry::from(Shape { logical_bytes: FILE_LOGICAL_BYTES, ..Shape::default() })
+    /// A disk with nothing special: the null disk.
+    pub(super) fn plain(logical_bytes: Option<u32>) -> Geometry {
+        let logical_bytes = logical_bytes.unwrap_or(FILE_LOGICAL_BYTES);
+        Geometry::from(Shape { logical_bytes, ..Shape::default() })
     }
 
-    /// A disk in a regular file, by the file system's block size (`st_blksize`).
+    /// A disk in a regular file, by the file system's block size (`st_blksize`) and the logical
+    /// block that the operator wants, if any.
     ///
     /// The physical block is the file system's: a smaller write makes the host read the rest of the
     /// block first, which is just what the physical size of a "512e" disk means, and guests then
     /// align partitions and choose block sizes by it. (QEMU says 512 for both and leaves the matter
     /// to the operator.)
-    pub(super) fn of_regular_file(block_bytes: u64, read_only: bool) -> Geometry {
+    pub(super) fn of_regular_file(
+        block_bytes: u64,
+        logical_bytes: Option<u32>,
+        read_only: bool,
+    ) -> Geometry {
         let block_bytes = if block_bytes.is_power_of_two() { block_bytes } else { SECTOR_BYTES };
-        let physical_bytes = block_bytes.clamp(SECTOR_BYTES, FILE_PHYSICAL_BYTES_MAX);
+        let logical_bytes = logical_bytes.unwrap_or(FILE_LOGICAL_BYTES);
+        let physical_bytes =
+            block_bytes.clamp(SECTOR_BYTES, FILE_PHYSICAL_BYTES_MAX).max(u64::from(logical_bytes));
         let shape = Shape {
-            logical_bytes: FILE_LOGICAL_BYTES,
+            logical_bytes,
             physical_bytes,
             min_io_bytes: physical_bytes,
             ..Shape::default()
         };
-        let discard_bytes = block_bytes.clamp(SECTOR_BYTES, FILE_DISCARD_BYTES_MAX);
+        let granularity_bytes = block_bytes.clamp(SECTOR_BYTES, FILE_DISCARD_BYTES_MAX);
+        let discards = Discards { granularity_bytes, max_bytes: u64::MAX };
         Geometry::from(shape)
-            .with_discard((!read_only).then_some(discard_bytes))
-            .with_write_zeroes(!read_only)
+            .with_discard((!read_only).then_some(discards))
+            .with_write_zeroes((!read_only).then_some(u64::MAX))
     }
 
-    /// Adds discards of a granularity in bytes, where there is one.
-    pub(super) fn with_discard(mut self, granularity_bytes: Option<u64>) -> Geometry {
-        self.discard = granularity_bytes.map(|bytes| DiscardLimits {
-            max_sectors: DISCARD_SECTORS_MAX,
-            max_segments: DISCARD_SEGMENTS_MAX,
+    /// Adds discards, where there are any.
+    pub(super) fn with_discard(mut self, discards: Option<Discards>) -> Geometry {
+        let block_sectors = self.block_sectors();
+        self.discard = discards.map(|discards| {
             // VIRTIO 1.3, 5.2.4: a sector alignment; never below the logical block, since drivers
             // take it for the granularity.
-            alignment_sectors: u32::try_from(
-                bytes.max(u64::from(self.logical_block_bytes)) / SECTOR_BYTES,
-            )
-            .unwrap_or(u32::MAX),
+            let granularity = in_sectors(discards.granularity_bytes).max(block_sectors);
+            DiscardLimits {
+                max_sectors: limit(DISCARD_SECTORS_MAX, discards.max_bytes, granularity),
+                max_segments: DISCARD_SEGMENTS_MAX,
+                alignment_sectors: granularity,
+            }
         });
         self
     }
 
-    /// Adds zeroing of ranges; they may be unmapped by it where they can be discarded.
-    pub(super) fn with_write_zeroes(mut self, offered: bool) -> Geometry {
-        self.write_zeroes = offered.then_some(ZeroLimits {
-            max_sectors: ZERO_SECTORS_MAX,
+    /// Adds zeroing of ranges of so many bytes at most; they may be unmapped by it where they can
+    /// be discarded.
+    pub(super) fn with_write_zeroes(mut self, max_bytes: Option<u64>) -> Geometry {
+        let block_sectors = self.block_sectors();
+        self.write_zeroes = max_bytes.map(|max_bytes| ZeroLimits {
+            max_sectors: limit(ZERO_SECTORS_MAX, max_bytes, block_sectors),
             max_segments: ZERO_SEGMENTS_MAX,
             may_unmap: self.discard.is_some(),
         });
         self
     }
+
+    fn block_sectors(&self) -> u32 {
+        in_sectors(u64::from(self.logical_block_bytes))
+    }
+}
+
+/// What the host says of its discards, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Discards {
+    /// The least that frees anything.
+    pub(super) granularity_bytes: u64,
+    /// The most in one operation.
+    pub(super) max_bytes: u64,
+}
+
+fn in_sectors(bytes: u64) -> u32 {
+    u32::try_from(bytes / SECTOR_BYTES).unwrap_or(u32::MAX)
+}
+
+/// The lesser of our limit in sectors and the host's in bytes, in whole multiples of `of_sectors`,
+/// and one of these at least.
+fn limit(ours: u32, host_bytes: u64, of_sectors: u32) -> u32 {
+    let least = ours.min(in_sectors(host_bytes));
+    (least - least.checked_rem(of_sectors).unwrap_or(0)).max(of_sectors)
 }
 
 impl From<Shape> for Geometry {
@@ -178,7 +214,7 @@ mod tests {
 
     #[test]
     fn file_on_a_4k_file_system_is_a_512e_disk() {
-        let geometry = Geometry::of_regular_file(4096, false);
+        let geometry = Geometry::of_regular_file(4096, None, false);
         assert_eq!(geometry.logical_block_bytes, 512);
         assert_eq!(geometry.physical_block_exp, 3);
         assert_eq!(geometry.min_io_blocks, 8);
@@ -189,7 +225,7 @@ mod tests {
 
     #[test]
     fn transfer_size_of_a_network_file_system_is_no_physical_block() {
-        let geometry = Geometry::of_regular_file(1 << 20, false);
+        let geometry = Geometry::of_regular_file(1 << 20, None, false);
         assert_eq!(geometry.physical_block_exp, 3);
         assert_eq!(geometry.discard.map(|limits| limits.alignment_sectors), Some(256));
     }
@@ -197,7 +233,7 @@ mod tests {
     #[test]
     fn odd_block_size_of_a_file_system_counts_as_a_sector() {
         for odd in [0, 1, 513, 6000] {
-            let geometry = Geometry::of_regular_file(odd, false);
+            let geometry = Geometry::of_regular_file(odd, None, false);
             assert_eq!((geometry.physical_block_exp, geometry.min_io_blocks), (0, 1), "{odd}");
             assert_eq!(geometry.discard.map(|limits| limits.alignment_sectors), Some(1), "{odd}");
         }
@@ -205,7 +241,7 @@ mod tests {
 
     #[test]
     fn read_only_disk_offers_neither_discard_nor_zeroing() {
-        let geometry = Geometry::of_regular_file(4096, true);
+        let geometry = Geometry::of_regular_file(4096, None, true);
         assert_eq!((geometry.discard, geometry.write_zeroes), (None, None));
     }
 
@@ -218,13 +254,44 @@ mod tests {
             min_io_bytes: 65_536 * 512,
             opt_io_bytes: u64::MAX,
         });
-        assert_eq!(geometry, Geometry::plain());
+        assert_eq!(geometry, Geometry::plain(None));
     }
 
     #[test]
     fn discard_is_never_finer_than_a_block() {
         let geometry = Geometry::from(Shape { logical_bytes: 4096, ..Shape::default() })
-            .with_discard(Some(512));
+            .with_discard(Some(Discards { granularity_bytes: 512, max_bytes: u64::MAX }));
         assert_eq!(geometry.discard.map(|limits| limits.alignment_sectors), Some(8));
+    }
+
+    #[test]
+    fn limits_are_the_lesser_of_ours_and_the_host_s_in_whole_blocks() {
+        let block = Geometry::from(Shape { logical_bytes: 4096, ..Shape::default() });
+        let discard = |granularity_bytes, max_bytes| {
+            let limits =
+                block.with_discard(Some(Discards { granularity_bytes, max_bytes })).discard;
+            limits.map(|limits| (limits.max_sectors, limits.alignment_sectors))
+        };
+        assert_eq!(discard(4096, u64::MAX), Some((DISCARD_SECTORS_MAX, 8)));
+        assert_eq!(discard(65_536, (1 << 20) - 512), Some((2048 - 128, 128)));
+        assert_eq!(discard(65_536, 4096), Some((128, 128)), "never less than the granularity");
+        let zero = |max_bytes| {
+            block.with_write_zeroes(Some(max_bytes)).write_zeroes.map(|limits| limits.max_sectors)
+        };
+        assert_eq!(zero(u64::MAX), Some(ZERO_SECTORS_MAX));
+        assert_eq!(zero((2 << 20) + 512), Some(4096));
+        assert_eq!(zero(512), Some(8));
+    }
+
+    #[test]
+    fn logical_block_is_what_the_operator_wants_and_the_physical_one_no_smaller() {
+        for (logical, exp) in [(512, 3), (1024, 2), (2048, 1), (4096, 0)] {
+            let geometry = Geometry::of_regular_file(4096, Some(logical), false);
+            assert_eq!((geometry.logical_block_bytes, geometry.physical_block_exp), (logical, exp));
+        }
+        let geometry = Geometry::of_regular_file(512, Some(4096), false);
+        assert_eq!((geometry.physical_block_exp, geometry.min_io_blocks), (0, 1));
+        assert_eq!(geometry.discard.map(|limits| limits.alignment_sectors), Some(8));
+        assert_eq!(Geometry::plain(Some(4096)).logical_block_bytes, 4096);
     }
 }

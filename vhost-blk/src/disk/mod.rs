@@ -2,9 +2,10 @@
 //!
 //! Contract: [`Disk::open`] makes every system call that can fail for the operator's reasons,
 //! before the daemon says that it is ready, and its errors name the path, the cause and, where
-//! there is one, the option that helps. Afterwards a [`Disk`] is a capacity, a [`Geometry`] and a
-//! descriptor on which the engine executes requests; of these only the capacity changes, and it
-//! only grows ([`Disk::measure_again`]).
+//! there is one, the option that helps. Afterwards a [`Disk`] is a capacity, a [`Geometry`], a
+//! [`WriteCache`], what direct I/O demands ([`Direct`]), and the descriptors on which the engine
+//! executes requests. Of these two change: the capacity, which only grows
+//! ([`Disk::measure_again`]), and the cache, which the driver switches.
 //!
 //! What it deliberately does not do: no I/O on the contents (request.rs names operations, the
 //! engine runs them), no image formats, no growing of a file by itself, and no guess at run time whether a
@@ -12,6 +13,8 @@
 //! refuses.
 
 mod block_device;
+mod cache;
+mod direct;
 mod geometry;
 mod lock;
 
@@ -20,14 +23,19 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use rustix::fs::{FileType, Mode, OFlags, SeekFrom};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, SeekFrom, StatxFlags};
 use thiserror::Error;
 use tracing::{info, warn};
 
+use crate::zeroing::ZeroBlocks;
+
 pub(crate) use block_device::DeviceError;
 use block_device::{BlockDevice, SYSFS};
+pub(crate) use cache::{CacheMode, WriteCache};
+pub(crate) use direct::{BUFFERED, Direct, IMAGE, Range, Way};
 pub(crate) use geometry::Geometry;
 use lock::ImageLock;
 pub(crate) use lock::LockError;
@@ -36,6 +44,10 @@ pub(crate) use lock::LockError;
 /// size of the device.
 // VIRTIO 1.3, 5.2.4: capacity of the device (expressed in 512-byte sectors).
 pub(crate) const SECTOR_BYTES: u64 = 512;
+
+/// Block of direct I/O on a file, where the kernel does not tell: the page of file systems, and the
+/// largest block of the disks below them.
+const FILE_DIRECT_BYTES: u32 = 4096;
 
 /// What the operator asked for: `file:PATH` or `null:SIZE`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -118,6 +130,18 @@ pub(crate) struct OpenOptions {
     pub(crate) read_only: bool,
     /// Take QEMU's image locks, so that no other process changes the image meanwhile.
     pub(crate) lock: bool,
+    /// How the host's cache is used.
+    pub(crate) cache: CacheMode,
+    /// The logical block that the driver is told of, in bytes: a power of two. None: that of the
+    /// device, or a sector for a file.
+    pub(crate) logical_block_bytes: Option<u32>,
+}
+
+impl Default for OpenOptions {
+    fn default() -> Self {
+        let cache = CacheMode::default();
+        Self { read_only: false, lock: true, cache, logical_block_bytes: None }
+    }
 }
 
 /// Why a disk cannot be served. Every variant is the operator's to mend, before the daemon is
@@ -148,13 +172,43 @@ pub(crate) enum OpenError {
         /// What it is instead.
         kind: &'static str,
     },
-    /// Less than one sector long.
-    #[error("{path:?} is {len_bytes} bytes long: a disk has at least one sector of 512 bytes")]
+    /// Less than one block long.
+    #[error(
+        "{path:?} is {len_bytes} bytes long: a disk has at least one block of {block_bytes} bytes"
+    )]
     TooSmall {
         /// As the operator gave it.
         path: PathBuf,
         /// Its length.
         len_bytes: u64,
+        /// The logical block.
+        block_bytes: u32,
+    },
+    /// Its file system has no direct I/O, or not for this file.
+    #[error(
+        "{path:?} cannot be opened for direct I/O (--cache none, directsync), which its file system does not have: --cache writeback or writethrough go without"
+    )]
+    NoDirectIo {
+        /// As the operator gave it.
+        path: PathBuf,
+    },
+    /// Direct I/O wants an alignment that cannot be served.
+    #[error(
+        "direct I/O (--cache none, directsync) on {path:?} needs memory aligned to {memory_bytes} bytes and blocks of {block_bytes} bytes, which is not supported: --cache writeback or writethrough go without"
+    )]
+    Alignment {
+        /// As the operator gave it.
+        path: PathBuf,
+        /// Alignment of memory.
+        memory_bytes: u32,
+        /// Alignment of offsets and lengths.
+        block_bytes: u32,
+    },
+    /// The path leads to another file than a moment ago.
+    #[error("{path:?} was replaced by another file while it was being opened")]
+    Replaced {
+        /// As the operator gave it.
+        path: PathBuf,
     },
     /// The length or the status of the open file cannot be had.
     #[error("cannot measure {path:?}")]
@@ -180,7 +234,13 @@ pub(crate) enum OpenError {
 /// An open disk.
 #[derive(Debug)]
 pub(crate) struct Disk {
+    /// What requests run on: [`IMAGE`]; none for a null disk.
     file: Option<File>,
+    /// With direct I/O, another description of the same file, without it: [`BUFFERED`].
+    buffered: Option<File>,
+    direct: Option<Direct>,
+    cache: WriteCache,
+    zero_blocks: ZeroBlocks,
     /// Taken on a file description of its own: one may outlive the other, and neither is ever
     /// passed on by accident.
     #[expect(dead_code, reason = "held, not read: closing it releases the locks")]
@@ -196,14 +256,24 @@ impl Disk {
     pub(crate) fn open(spec: &DiskSpec, options: OpenOptions) -> Result<Disk, OpenError> {
         match spec {
             DiskSpec::File(path) => Disk::open_file(path, options),
-            DiskSpec::Null { len_bytes } => Ok(Disk {
-                file: None,
-                lock: None,
-                capacity_sectors: AtomicU64::new(len_bytes / SECTOR_BYTES),
-                read_only: options.read_only,
-                geometry: Geometry::plain(),
-            }),
+            DiskSpec::Null { len_bytes } => Disk::open_null(*len_bytes, options),
         }
+    }
+
+    fn open_null(len_bytes: u64, options: OpenOptions) -> Result<Disk, OpenError> {
+        let geometry = Geometry::plain(options.logical_block_bytes);
+        let sectors = whole_sectors(Path::new("null"), len_bytes, geometry.logical_block_bytes)?;
+        Ok(Disk {
+            file: None,
+            buffered: None,
+            direct: None,
+            cache: WriteCache::new(options.cache.caching()),
+            zero_blocks: ZeroBlocks { called: 1, written: 1, edge: IMAGE },
+            lock: None,
+            capacity_sectors: AtomicU64::new(sectors),
+            read_only: options.read_only,
+            geometry,
+        })
     }
 
     fn open_file(path: &Path, options: OpenOptions) -> Result<Disk, OpenError> {
@@ -227,22 +297,43 @@ impl Disk {
             None
         };
 
+        let caching = options.cache.caching();
+        let unbuffered =
+            caching.direct.then(|| open_direct(path, &stat, options.read_only)).transpose()?;
+
         // Seeking works on block devices too, where the length in the status is zero.
         let len_bytes = rustix::fs::seek(&file, SeekFrom::End(0)).map_err(measure)?;
-        let geometry = if kind == FileType::BlockDevice {
+        let (geometry, device_block) = if kind == FileType::BlockDevice {
             BlockDevice::find(Path::new(SYSFS), stat.st_rdev)
-                .and_then(|device| device.geometry(options.read_only))
+                .and_then(|device| device.geometry(options.read_only, options.logical_block_bytes))
+                .map(|(geometry, own_block)| (geometry, Some(own_block)))
                 .map_err(|source| OpenError::Device { path: path.to_owned(), source })?
         } else {
-            Geometry::of_regular_file(
-                u64::try_from(stat.st_blksize).unwrap_or(0),
-                options.read_only,
-            )
+            let block_bytes = u64::try_from(stat.st_blksize).unwrap_or(0);
+            let logical = options.logical_block_bytes;
+            (Geometry::of_regular_file(block_bytes, logical, options.read_only), None)
+        };
+        let sectors = whole_sectors(path, len_bytes, geometry.logical_block_bytes)?;
+        let (file, buffered, direct) = match unbuffered {
+            Some(unbuffered) => {
+                let direct = alignment(path, &unbuffered, device_block)?;
+                hint_at_detours(path, direct, geometry.logical_block_bytes);
+                (unbuffered, Some(file), Some(direct))
+            }
+            None => (file, None, None),
         };
         Ok(Disk {
             file: Some(file),
+            buffered,
+            direct,
+            cache: WriteCache::new(caching),
+            zero_blocks: ZeroBlocks {
+                called: device_block.map_or(1, u64::from),
+                written: direct.map_or(1, Direct::unit_bytes),
+                edge: if direct.is_some() { BUFFERED } else { IMAGE },
+            },
             lock,
-            capacity_sectors: AtomicU64::new(whole_sectors(path, len_bytes)?),
+            capacity_sectors: AtomicU64::new(sectors),
             read_only: options.read_only,
             geometry,
         })
@@ -251,6 +342,62 @@ impl Disk {
     /// The file to execute requests on; `None` for a null disk.
     pub(crate) fn file(&self) -> Option<BorrowedFd<'_>> {
         self.file.as_ref().map(AsFd::as_fd)
+    }
+
+    /// The descriptions that operations name: [`IMAGE`] and, with direct I/O, [`BUFFERED`].
+    pub(crate) fn files(&self) -> Vec<BorrowedFd<'_>> {
+        [&self.file, &self.buffered].into_iter().flatten().map(AsFd::as_fd).collect()
+    }
+
+    /// What direct I/O on [`IMAGE`] demands; `None` where it uses the host's cache.
+    pub(crate) fn direct(&self) -> Option<Direct> {
+        self.direct
+    }
+
+    /// How ranges are zeroed and discarded.
+    pub(crate) fn zero_blocks(&self) -> ZeroBlocks {
+        self.zero_blocks
+    }
+
+    /// Whether the driver sees a write-back cache, and what follows from that for each write.
+    pub(crate) fn cache(&self) -> &WriteCache {
+        &self.cache
+    }
+
+    /// The driver switches its cache.
+    pub(crate) fn switch_cache(self: &Arc<Self>, to_write_back: bool) {
+        if self.cache.is_write_back() != to_write_back {
+            info!(write_back = to_write_back, "the guest switches its write cache");
+        }
+        if self.cache.switch(to_write_back) {
+            self.settle();
+        }
+    }
+
+    /// The driver has reset the device.
+    pub(crate) fn reset(self: &Arc<Self>) {
+        if self.cache.reset() {
+            self.settle();
+        }
+    }
+
+    /// Makes what was answered before a switch to write-through stable, since no flush will come.
+    ///
+    /// On a thread of its own: a front end may stop its whole guest until its message is answered
+    /// (QEMU does), which a sync of all that the host has cached must not prolong. Until it has
+    /// ended, each write is followed by a sync ([`WriteCache::submits_stable`]).
+    fn settle(self: &Arc<Self>) {
+        let disk = Arc::clone(self);
+        let sync = move || {
+            let file = disk.file.as_ref();
+            let synced = disk.cache.settle(|| file.map_or(Ok(()), File::sync_data));
+            if let Err(error) = synced {
+                warn!(%error, "what the guest wrote before cannot be made stable");
+            }
+        };
+        if let Err(error) = std::thread::Builder::new().name("settle".to_owned()).spawn(sync) {
+            warn!(%error, "no thread to sync the disk: each write is followed by a sync");
+        }
     }
 
     /// Length in sectors of 512 bytes, at least 1.
@@ -270,7 +417,9 @@ impl Disk {
                 return false;
             }
         };
-        let (old, new) = (self.capacity_sectors(), len_bytes / SECTOR_BYTES);
+        let block_bytes = u64::from(self.geometry.logical_block_bytes);
+        let new = len_bytes / block_bytes * (block_bytes / SECTOR_BYTES);
+        let old = self.capacity_sectors();
         if new < old {
             warn!(old, new, "the disk has shrunk (in sectors), which its guest is not told");
         }
@@ -292,19 +441,19 @@ impl Disk {
     }
 }
 
-/// Sectors of a file. Its tail, where it is not a whole sector, is not served: no request could
-/// name it.
-fn whole_sectors(path: &Path, len_bytes: u64) -> Result<u64, OpenError> {
-    let tail_bytes = len_bytes % SECTOR_BYTES;
-    if len_bytes < SECTOR_BYTES {
-        return Err(OpenError::TooSmall { path: path.to_owned(), len_bytes });
+/// Sectors of a file. Its tail, where it is not a whole block, is not served: a driver could not
+/// use it.
+fn whole_sectors(path: &Path, len_bytes: u64, block_bytes: u32) -> Result<u64, OpenError> {
+    let tail_bytes = len_bytes % u64::from(block_bytes);
+    if len_bytes < u64::from(block_bytes) {
+        return Err(OpenError::TooSmall { path: path.to_owned(), len_bytes, block_bytes });
     }
     if tail_bytes != 0 {
         warn!(
-            "the last {tail_bytes} bytes of {path:?} are not a whole sector: the guest does not see them"
+            "the last {tail_bytes} bytes of {path:?} are not a whole block of {block_bytes} bytes: the guest does not see them"
         );
     }
-    Ok(len_bytes / SECTOR_BYTES)
+    Ok((len_bytes - tail_bytes) / SECTOR_BYTES)
 }
 
 fn check_kind(path: &Path, kind: FileType) -> Result<(), OpenError> {
@@ -330,6 +479,59 @@ fn open_description(path: &Path, read_only: bool) -> Result<File, OpenError> {
             Err(OpenError::NotWritable { path: path.to_owned(), source: errno.into() })
         }
         Err(errno) => Err(OpenError::Open { path: path.to_owned(), source: errno.into() }),
+    }
+}
+
+/// Opens another description of the file that `stat` is of, for direct I/O.
+fn open_direct(path: &Path, stat: &rustix::fs::Stat, read_only: bool) -> Result<File, OpenError> {
+    let access = if read_only { OFlags::RDONLY } else { OFlags::RDWR };
+    let flags = access | OFlags::DIRECT | OFlags::CLOEXEC;
+    let description = match rustix::fs::open(path, flags, Mode::empty()) {
+        Ok(description) => description,
+        Err(rustix::io::Errno::INVAL) => {
+            return Err(OpenError::NoDirectIo { path: path.to_owned() });
+        }
+        Err(errno) => {
+            return Err(OpenError::Open { path: path.to_owned(), source: errno.into() });
+        }
+    };
+    let again = rustix::fs::fstat(&description)
+        .map_err(|errno| OpenError::Measure { path: path.to_owned(), source: errno.into() })?;
+    if (again.st_dev, again.st_ino) != (stat.st_dev, stat.st_ino) {
+        return Err(OpenError::Replaced { path: path.to_owned() });
+    }
+    Ok(File::from(description))
+}
+
+/// What direct I/O on a file demands. The kernel says so since 6.1; before, the logical block of a
+/// device is what it demanded at most, and the largest block of the usual file systems for a file.
+fn alignment(
+    path: &Path,
+    description: &File,
+    device_block: Option<u32>,
+) -> Result<Direct, OpenError> {
+    let unknown = device_block.unwrap_or(FILE_DIRECT_BYTES);
+    let told = rustix::fs::statx(description, "", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN)
+        .ok()
+        .filter(|told| told.stx_mask & StatxFlags::DIOALIGN.bits() != 0);
+    let (memory_bytes, block_bytes) =
+        told.map_or((unknown, unknown), |told| (told.stx_dio_mem_align, told.stx_dio_offset_align));
+    if (memory_bytes, block_bytes) == (0, 0) {
+        // Opening was allowed, yet the data would go through the page cache.
+        return Err(OpenError::NoDirectIo { path: path.to_owned() });
+    }
+    Direct::new(memory_bytes, block_bytes, rustix::param::page_size())
+        .ok_or_else(|| OpenError::Alignment { path: path.to_owned(), memory_bytes, block_bytes })
+}
+
+/// Tells the operator of a disk whose guest is told of smaller blocks than direct I/O has.
+fn hint_at_detours(path: &Path, direct: Direct, logical_block_bytes: u32) {
+    let block_bytes = direct.block_bytes();
+    if u64::from(logical_block_bytes) < block_bytes {
+        warn!(
+            "direct I/O on {path:?} has blocks of {block_bytes} bytes: smaller requests take a detour. \
+             A disk that is not partitioned yet avoids it by --logical-block-size {block_bytes}"
+        );
     }
 }
 

@@ -1,16 +1,25 @@
 //! What opens as a disk, what does not, and what the operator is told.
 
 use std::fs::File;
+use std::os::fd::BorrowedFd;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use rustix::fs::Mode;
+use rustix::fs::{Mode, OFlags};
 
-use super::{Disk, DiskSpec, LockError, OpenError, OpenOptions, SpecError};
+use super::{CacheMode, Disk, DiskSpec, LockError, OpenError, OpenOptions, SpecError};
 
-const WRITABLE: OpenOptions = OpenOptions { read_only: false, lock: true };
-const READ_ONLY: OpenOptions = OpenOptions { read_only: true, lock: true };
+const WRITABLE: OpenOptions = OpenOptions {
+    read_only: false,
+    lock: true,
+    cache: CacheMode::Writeback,
+    logical_block_bytes: None,
+};
+const READ_ONLY: OpenOptions = OpenOptions { read_only: true, ..WRITABLE };
+const DIRECT: OpenOptions = OpenOptions { cache: CacheMode::None, ..WRITABLE };
 
 fn file_of(directory: &tempfile::TempDir, len_bytes: u64) -> DiskSpec {
     let path = directory.path().join("disk.img");
@@ -96,6 +105,92 @@ fn read_only_disk_is_opened_for_reading_only() {
     let written = rustix::io::pwrite(disk.file().unwrap(), b"x", 0);
     assert_eq!(written, Err(rustix::io::Errno::BADF));
     assert!(disk.read_only());
+}
+
+/// Whether a descriptor of ours is open for direct I/O, as the kernel shows it.
+fn is_direct(descriptor: BorrowedFd<'_>) -> bool {
+    let flags = rustix::fs::fcntl_getfl(descriptor).unwrap();
+    flags.contains(OFlags::DIRECT)
+}
+
+#[test]
+fn direct_io_has_a_second_description_of_the_same_file_without_it() {
+    let directory = tempfile::tempdir().unwrap();
+    let spec = file_of(&directory, 1 << 20);
+    for cache in [CacheMode::None, CacheMode::Directsync] {
+        for read_only in [false, true] {
+            let disk = match Disk::open(&spec, OpenOptions { cache, read_only, ..WRITABLE }) {
+                Ok(disk) => disk,
+                Err(OpenError::NoDirectIo { .. }) => {
+                    return eprintln!(
+                        "not run: the file system of {directory:?} has no direct I/O"
+                    );
+                }
+                Err(error) => panic!("{error}"),
+            };
+            let files = disk.files();
+            assert_eq!(files.iter().copied().map(is_direct).collect::<Vec<_>>(), [true, false]);
+            let inode = |file| rustix::fs::fstat(file).unwrap().st_ino;
+            assert_eq!(inode(files[0]), inode(files[1]));
+            assert!(disk.direct().is_some());
+        }
+    }
+    for cache in [CacheMode::Writeback, CacheMode::Writethrough, CacheMode::Unsafe] {
+        let disk = Disk::open(&spec, OpenOptions { cache, ..WRITABLE }).unwrap();
+        assert_eq!(disk.files().into_iter().map(is_direct).collect::<Vec<_>>(), [false]);
+        assert_eq!(disk.direct(), None);
+    }
+}
+
+#[test]
+fn file_system_without_direct_io_is_an_error_that_names_the_option() {
+    let spec = DiskSpec::File("/proc/version".into());
+    let options = OpenOptions { cache: CacheMode::None, read_only: true, lock: false, ..WRITABLE };
+    let refused = Disk::open(&spec, options).unwrap_err();
+    assert!(matches!(refused, OpenError::NoDirectIo { .. }), "{refused}");
+    assert!(refused.to_string().contains("--cache writeback"), "{refused}");
+}
+
+#[test]
+fn disk_ends_with_its_last_whole_block() {
+    let directory = tempfile::tempdir().unwrap();
+    let spec = file_of(&directory, (1 << 20) + 4095);
+    for (block, sectors) in [(512, 2055), (1024, 2054), (2048, 2052), (4096, 2048)] {
+        let options = OpenOptions { logical_block_bytes: Some(block), ..WRITABLE };
+        let disk = Disk::open(&spec, options).unwrap();
+        assert_eq!(disk.capacity_sectors(), sectors);
+        assert_eq!(disk.geometry().logical_block_bytes, block);
+        let DiskSpec::File(path) = &spec else { unreachable!("it makes files") };
+        let file = File::options().write(true).open(path).unwrap();
+        file.set_len((2 << 20) + 4095).unwrap();
+        assert!(disk.measure_again());
+        assert_eq!(disk.capacity_sectors(), 2048 + sectors, "nor does a grown one go on");
+        file.set_len((1 << 20) + 4095).unwrap();
+    }
+    let null = DiskSpec::Null { len_bytes: 4096 + 512 };
+    let options = OpenOptions { logical_block_bytes: Some(4096), ..WRITABLE };
+    assert_eq!(Disk::open(&null, options).unwrap().capacity_sectors(), 8);
+}
+
+#[test]
+fn file_shorter_than_its_block_is_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    let options = OpenOptions { logical_block_bytes: Some(4096), ..WRITABLE };
+    let refused = Disk::open(&file_of(&directory, 4095), options).unwrap_err().to_string();
+    assert!(refused.contains("4096"), "{refused}");
+}
+
+#[test]
+fn switch_to_write_through_is_settled_soon() {
+    let directory = tempfile::tempdir().unwrap();
+    let disk = Arc::new(Disk::open(&file_of(&directory, 4096), WRITABLE).unwrap());
+    disk.switch_cache(false);
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while !disk.cache().submits_stable() {
+        assert!(Instant::now() < deadline, "the sync does not end");
+        std::thread::yield_now();
+    }
+    assert!(!disk.cache().is_write_back());
 }
 
 #[test]
@@ -228,6 +323,15 @@ fn block_device_is_served_with_its_own_block_size() {
     assert_eq!(disk.geometry().logical_block_bytes, 4096);
     assert!(disk.geometry().write_zeroes.is_some());
     assert!(matches!(Disk::open(&spec, WRITABLE), Err(OpenError::Lock(LockError::InUse { .. }))));
+    drop(disk);
+    let disk = Disk::open(&spec, DIRECT).unwrap();
+    assert_eq!(disk.direct().map(super::Direct::block_bytes), Some(4096));
+    assert_eq!(disk.zero_blocks().called, 4096);
+    drop(disk);
+    let disk = Disk::open(&spec, OpenOptions { logical_block_bytes: Some(512), ..DIRECT }).unwrap();
+    assert_eq!(disk.geometry().logical_block_bytes, 512);
+    assert_eq!(disk.geometry().physical_block_exp, 3);
+    assert_eq!(disk.zero_blocks().called, 4096, "that of the device, whatever the guest is told");
 }
 
 #[test]
