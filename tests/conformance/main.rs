@@ -24,6 +24,7 @@ mod control;
 mod fairness;
 mod half_messages;
 mod host_limits;
+mod hostile_descriptors;
 mod hostile_indexes;
 mod hostile_memory;
 mod hostile_messages;
