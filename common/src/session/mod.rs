@@ -236,6 +236,11 @@ impl Session {
                     return Err(Fault::FeaturesWhileRunning { request });
                 }
                 self.features = value;
+                // vhost-user, "Ring states": upon SET_FEATURES without the bit, the back end must
+                // enable all rings; with it, the front end says when.
+                if value & PROTOCOL_FEATURES_BIT == 0 {
+                    self.rings.iter_mut().for_each(Vring::enable);
+                }
                 Ok(Action::Rings)
             }
             Request::SetProtocolFeatures => {
@@ -360,10 +365,7 @@ impl Session {
 
     /// What a ring needs to run, or `None` while it should not.
     pub fn ring(&self, index: u16) -> Option<Ring> {
-        // vhost-user, "Ring states": without VHOST_USER_F_PROTOCOL_FEATURES a ring is enabled from
-        // its start; with it, the front end says when.
-        let from_start = self.features & PROTOCOL_FEATURES_BIT == 0;
-        self.rings.get(usize::from(index))?.plan(from_start)
+        self.rings.get(usize::from(index))?.plan()
     }
 
     /// What the front end gave as the ring's kick is none: the ring waits for another.

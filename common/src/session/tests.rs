@@ -92,6 +92,18 @@ fn ring_is_enabled_from_its_start_without_protocol_features() {
 }
 
 #[test]
+fn features_without_protocol_features_enable_all_rings_at_once() {
+    let mut session = session();
+    describe(&mut session);
+    assert!(session.ring(0).is_none(), "a ring begins disabled");
+    send(&mut session, Request::SetVringEnable, state(0, 0)).expect("disabled");
+    let features = Payload::U64(VIRTIO_F_VERSION_1);
+    let action = send(&mut session, Request::SetFeatures, features).expect("features");
+    assert!(matches!(action, Action::Rings));
+    assert!(session.ring(0).is_some());
+}
+
+#[test]
 fn ring_base_stops_the_ring_and_the_next_kick_starts_it_there() {
     let mut session = session();
     send(&mut session, Request::SetVringEnable, state(0, 1)).expect("enable");
@@ -265,6 +277,7 @@ fn memory_slots_have_a_limit() {
 #[test]
 fn refused_message_changes_nothing() {
     let mut session = session();
+    send(&mut session, Request::SetVringEnable, state(0, 1)).expect("enable");
     describe(&mut session);
     assert!(send(&mut session, Request::SetVringNum, state(0, 3)).is_err());
     assert!(send(&mut session, Request::SetVringAddr, addresses(8)).is_err());

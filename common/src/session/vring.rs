@@ -60,8 +60,9 @@ pub(super) struct Vring {
     kick: KickState,
     pub(super) call: Option<Arc<OwnedFd>>,
     pub(super) error: Option<Arc<OwnedFd>>,
-    /// `SET_VRING_ENABLE`, which may come before anything else (QEMU's network device).
-    enabled: Option<bool>,
+    /// By `SET_VRING_ENABLE`, which may come before anything else (QEMU's network device), or by
+    /// `SET_FEATURES`.
+    enabled: bool,
     running: Running,
 }
 
@@ -129,12 +130,17 @@ impl Vring {
     }
 
     pub(super) fn set_enabled(&mut self, num: u32) -> Result<(), RingFault> {
-        self.enabled = Some(match num {
+        self.enabled = match num {
             0 => false,
             1 => true,
             num => return Err(RingFault::State { num }),
-        });
+        };
         Ok(())
+    }
+
+    /// Enables the ring of a front end that has no message for it.
+    pub(super) fn enable(&mut self) {
+        self.enabled = true;
     }
 
     pub(super) fn set_kick(&mut self, fd: Option<Arc<OwnedFd>>) {
@@ -156,12 +162,9 @@ impl Vring {
         *self = Self { call, error, ..Self::default() };
     }
 
-    /// Stops the ring until the front end enables it or gives it a kick again.
+    /// Disables the ring until the front end enables it again.
     pub(super) fn disable(&mut self) {
-        match self.enabled {
-            Some(_) => self.enabled = Some(false),
-            None => self.kick = KickState::Stopped,
-        }
+        self.enabled = false;
     }
 
     pub(super) fn started(&mut self) {
@@ -188,9 +191,9 @@ impl Vring {
         self.base
     }
 
-    /// What the ring needs to run; `enabled` where the front end has not said.
-    pub(super) fn plan(&self, enabled: bool) -> Option<Ring> {
-        if !self.enabled.unwrap_or(enabled) {
+    /// What the ring needs to run.
+    pub(super) fn plan(&self) -> Option<Ring> {
+        if !self.enabled {
             return None;
         }
         let kick = match &self.kick {
