@@ -39,6 +39,10 @@ pub const MAX_MEMORY_SLOTS: usize = 509;
 /// vhost-user, "Virtio device config space": the space is at most 256 bytes.
 pub const MAX_CONFIG_BYTES: u32 = 256;
 
+/// vhost-user, "Virtio device config space": 0 is a write by the driver, 1 one by live migration. (The
+/// front ends on the `vhost` package say 1 for the former.)
+const CONFIG_FLAG_MIGRATION: u32 = 1;
+
 /// vhost-user's own feature bit among virtio's.
 const PROTOCOL_FEATURES_BIT: u64 = 1 << VHOST_USER_F_PROTOCOL_FEATURES;
 
@@ -137,6 +141,8 @@ pub enum Fault {
     NoSuchRegion { spec: RegionSpec },
     #[error("{request} of {len_bytes} bytes at {offset}, beyond {MAX_CONFIG_BYTES}")]
     ConfigRange { request: Request, offset: u32, len_bytes: usize },
+    #[error("a write to the configuration space with flags {flags:#x}, of which only 1 is known")]
+    ConfigFlags { flags: u32 },
     #[error("{request} carries another payload than its row of the message table says")]
     Payload { request: Request },
 }
@@ -194,7 +200,7 @@ impl Session {
                 Request::AddMemReg => self.add_memory(spec, fds),
                 _ => self.remove_memory(spec),
             },
-            Payload::Config { offset, data, .. } => handle_config(request, offset, data),
+            Payload::Config { offset, flags, data } => handle_config(request, offset, flags, data),
             Payload::Inflight { .. } | Payload::Unparsed => Err(Fault::Payload { request }),
         }
     }
@@ -410,11 +416,21 @@ impl Session {
     }
 }
 
-fn handle_config(request: Request, offset: u32, data: Vec<u8>) -> Result<Action, Fault> {
+fn handle_config(
+    request: Request,
+    offset: u32,
+    flags: u32,
+    data: Vec<u8>,
+) -> Result<Action, Fault> {
     let fault = Fault::ConfigRange { request, offset, len_bytes: data.len() };
     let Ok(len_bytes) = u32::try_from(data.len()) else { return Err(fault) };
     if offset.checked_add(len_bytes).is_none_or(|end| end > MAX_CONFIG_BYTES) {
         return Err(fault);
+    }
+    // vhost-user, "VHOST_USER_SET_CONFIG": the back end must check the flags. A write for migration
+    // is like one of the driver's: nothing but what the driver may write is ours to take over.
+    if request == Request::SetConfig && flags > CONFIG_FLAG_MIGRATION {
+        return Err(Fault::ConfigFlags { flags });
     }
     Ok(match request {
         Request::SetConfig => Action::WriteConfig { offset, data },

@@ -205,6 +205,23 @@ fn requests_need_what_they_belong_to() {
 }
 
 #[test]
+fn writes_to_the_configuration_space_have_known_flags() {
+    let mut session = session();
+    negotiate(&mut session, ProtocolFeatures::CONFIG);
+    let write = |flags| Payload::Config { offset: 32, flags, data: vec![1] };
+    for flags in [0, 1] {
+        let action = send(&mut session, Request::SetConfig, write(flags)).expect("known flags");
+        assert!(matches!(action, Action::WriteConfig { offset: 32, .. }));
+    }
+    for flags in [2, 3, 1 << 31] {
+        let refused = send(&mut session, Request::SetConfig, write(flags));
+        assert!(matches!(refused, Err(Fault::ConfigFlags { flags: named }) if named == flags));
+    }
+    // What a reader puts there means nothing: front ends on the `vhost` package set it.
+    assert!(send(&mut session, Request::GetConfig, write(2)).is_ok());
+}
+
+#[test]
 fn odd_values_are_refused_by_name() {
     let mut session = session();
     for num in [0, 3, 100, 512, 65536, u32::MAX] {
