@@ -9,6 +9,8 @@
 //! - [`stability`]: whether data is on storage when the driver may count on it.
 //! - [`negotiation`], [`configuration`], [`memory_table`], [`requests`], [`rings`],
 //!   [`fairness`], [`notification`]: what a well-behaved front end and driver may rely on.
+//! - [`acknowledgement`]: duties of the specifications that no driver would notice soon if they were
+//!   neglected.
 //! - [`hostile_messages`], [`half_messages`], [`untimely`], [`hostile_memory`], [`hostile_rings`]:
 //!   what they may do to us.
 //!
@@ -17,6 +19,7 @@
 //! the back end, ours or, with a command line in the environment, another one.
 
 mod access;
+mod acknowledgement;
 mod activation;
 mod aftermath;
 mod configuration;

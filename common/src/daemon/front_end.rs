@@ -16,7 +16,9 @@ use super::log::{RateLimit, with_sources};
 use crate::device::Device;
 use crate::memory::{MapError, MemoryMap, Region};
 use crate::metrics::Metrics;
-use crate::protocol::{Answer, BackendChannel, Connection, Message, ReceiveError, Request, table};
+use crate::protocol::{
+    Answer, BackendChannel, Connection, Message, ReceiveError, Refusal, Request, table,
+};
 use crate::session::{Action, Fault, MemorySlot, Offer, Ring, Session};
 use crate::virtqueue::{RingError, RingSetup, Virtqueue};
 use crate::worker::{Kick, NoEventfd, RingStart, WorkerEvent, Workers};
@@ -55,6 +57,8 @@ pub(super) enum End {
 /// Why a message was refused.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Refused {
+    #[error(transparent)]
+    Message(#[from] Refusal),
     #[error(transparent)]
     Session(#[from] Fault),
     #[error("the guest's memory cannot be mapped")]
@@ -193,11 +197,8 @@ impl<'a, D: Device> FrontEnd<'a, D> {
         let message = match message {
             Ok(Some(message)) => message,
             Ok(None) => return Err(End::HangUp),
-            Err(ReceiveError::Refused { request_id, need_reply: true, reason })
-                if self.session.acknowledges() =>
-            {
-                self.count_refusal(&reason);
-                return send(self.connection.acknowledge(request_id, false)).await;
+            Err(ReceiveError::Refused { request_id, need_reply, reason }) => {
+                return self.refuse(request_id, need_reply, reason.into()).await;
             }
             Err(error) => {
                 self.metrics.daemon.protocol_errors.add(1);
@@ -212,25 +213,29 @@ impl<'a, D: Device> FrontEnd<'a, D> {
                 send(self.connection.acknowledge(request, true)).await
             }
             Ok(Answered::Ack) => Ok(()),
-            Err(refused) => self.refuse(request, need_reply, refused).await,
+            Err(refused) => self.refuse(request.into(), need_reply, refused).await,
         }
     }
 
+    /// Says no to a request, where there is a way to say it.
     async fn refuse(
         &mut self,
-        request: Request,
+        request_id: u32,
         need_reply: bool,
         refused: Refused,
     ) -> Result<(), End> {
+        let request = Request::try_from(request_id);
         // vhost-user, "VHOST_USER_GET_CONFIG": a payload of no length says that it failed.
-        if request == Request::GetConfig {
+        if request == Ok(Request::GetConfig) {
             self.count_refusal(&refused);
-            return send(self.connection.reply(request, &[])).await;
+            return send(self.connection.reply(request_id, &[])).await;
         }
-        let can_say = table::row(request).answer == Answer::Ack;
-        if can_say && need_reply && self.session.acknowledges() {
+        // vhost-user, "VHOST_USER_PROTOCOL_F_REPLY_ACK": need_reply changes nothing for a request
+        // that has a reply of its own; an acknowledgement would be taken for that.
+        let has_reply = request.is_ok_and(|request| table::row(request).answer == Answer::Value);
+        if !has_reply && need_reply && self.session.acknowledges() {
             self.count_refusal(&refused);
-            return send(self.connection.acknowledge(request, false)).await;
+            return send(self.connection.acknowledge(request_id, false)).await;
         }
         self.metrics.daemon.protocol_errors.add(1);
         Err(End::Refused(refused))
