@@ -13,6 +13,10 @@
 //!   neglected.
 //! - [`hostile_messages`], [`half_messages`], [`untimely`], [`hostile_memory`], [`hostile_rings`]:
 //!   what they may do to us.
+//! - [`acknowledgement`], [`suspension`]: duties of the specifications that no driver would notice
+//!   soon if they were neglected.
+//! - [`hostile_messages`], [`half_messages`], [`hostile_memory`], [`hostile_rings`]: what they may
+//!   do to us.
 //!
 //! [`aftermath`] is what every hostile case ends with: the process lives, the next front end is
 //! served, and a well-behaved queue beside the attacked one was not disturbed. [`subject`] starts
@@ -46,3 +50,4 @@ mod rings;
 mod stability;
 mod subject;
 mod untimely;
+mod suspension;

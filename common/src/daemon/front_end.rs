@@ -90,6 +90,8 @@ pub(super) struct FrontEnd<'a, D: Device> {
     metrics: &'a Metrics,
     memory: Arc<MemoryMap>,
     channel: Option<BackendChannel>,
+    /// The configuration space has changed, and the front end does not know.
+    change_untold: bool,
     gate: &'a mut RateLimit,
     /// The rings of which the log has said that they wait for memory.
     waiting: Vec<u16>,
@@ -116,6 +118,7 @@ impl<'a, D: Device> FrontEnd<'a, D> {
             metrics,
             memory: Arc::new(MemoryMap::empty()),
             channel: None,
+            change_untold: false,
             gate,
             waiting: Vec::new(),
         })
@@ -163,7 +166,18 @@ impl<'a, D: Device> FrontEnd<'a, D> {
     /// Has the device look at what it is made of, and the front end at its configuration space if
     /// that has changed.
     fn refresh(&mut self) {
-        if !self.device.refresh() {
+        if self.device.refresh() {
+            self.change_untold = true;
+            self.tell_change();
+        }
+    }
+
+    /// Tells the front end that the configuration space has changed, if it is to know that.
+    fn tell_change(&mut self) {
+        // vhost-user, "Suspended device state": while all rings are stopped the back end must not
+        // send messages. The first ring that starts brings it.
+        let suspended = !(0..self.session.ring_count()).any(|index| self.is_running(index));
+        if suspended || !std::mem::take(&mut self.change_untold) {
             return;
         }
         let told = match &mut self.channel {
@@ -351,6 +365,7 @@ impl<'a, D: Device> FrontEnd<'a, D> {
                 self.session.ring_started(index);
                 self.waiting.retain(|waiting| *waiting != index);
                 debug!(ring = index, size, base, "started");
+                self.tell_change();
                 Ok(())
             }
             // Some front ends describe rings before the memory that they lie in.
