@@ -15,6 +15,8 @@
 //!   what they may do to us.
 //! - [`acknowledgement`], [`suspension`]: duties of the specifications that no driver would notice
 //!   soon if they were neglected.
+//! - [`acknowledgement`], [`offers`], [`suspension`]: duties of the specifications that no driver
+//!   would notice soon if they were neglected.
 //! - [`hostile_messages`], [`half_messages`], [`hostile_memory`], [`hostile_rings`]: what they may
 //!   do to us.
 //!
@@ -43,6 +45,7 @@ mod memory_in_use;
 mod memory_table;
 mod negotiation;
 mod notification;
+mod offers;
 mod openmetrics;
 mod requests;
 mod ring_attack;

@@ -22,6 +22,9 @@ const VIRTIO_BLK_T_WRITE_ZEROES: u32 = 13;
 
 /// VIRTIO 1.3, 5.2.6: the range may be unmapped.
 const SEGMENT_FLAG_UNMAP: u32 = 1;
+/// VIRTIO 1.3, 5.2.6.2: a discard with the unmap flag MUST be answered with UNSUPP, as one with an
+/// unknown flag.
+const NO_FLAGS: u32 = 0;
 
 /// Type, reserved, sector.
 pub(crate) const HEADER_BYTES: usize = 16;
@@ -142,8 +145,7 @@ impl Request {
             VIRTIO_BLK_T_DISCARD => match disk.geometry().discard {
                 Some(limits) => {
                     let limits = (limits.max_segments, limits.max_sectors);
-                    parse_segments(data, disk, limits, segments)
-                        .and_then(|()| no_unmap(segments))
+                    parse_segments(data, disk, limits, NO_FLAGS, segments)
                         .map(|()| Self::Discard)
                         .or_else(|status| refuse(Kind::Discard, status))
                 }
@@ -152,7 +154,7 @@ impl Request {
             VIRTIO_BLK_T_WRITE_ZEROES => match disk.geometry().write_zeroes {
                 Some(limits) => {
                     let limits = (limits.max_segments, limits.max_sectors);
-                    parse_segments(data, disk, limits, segments)
+                    parse_segments(data, disk, limits, SEGMENT_FLAG_UNMAP, segments)
                         .map(|()| Self::WriteZeroes)
                         .or_else(|status| refuse(Kind::WriteZeroes, status))
                 }
@@ -173,11 +175,12 @@ fn range(disk: &Disk, sector: u64, len_bytes: usize) -> Option<u64> {
 }
 
 /// Copies the segments out of guest memory and checks each; (segments, sectors) are at most
-/// `limits`.
+/// `limits`, and flags are none but `known_flags`.
 fn parse_segments(
     data: Buffers<'_>,
     disk: &Disk,
     limits: (u32, u32),
+    known_flags: u32,
     segments: &mut Vec<Segment>,
 ) -> Result<(), Status> {
     let (max_segments, max_sectors) = limits;
@@ -188,6 +191,7 @@ fn parse_segments(
         return Err(Status::IoError);
     }
     let mut rest = data;
+    let mut all_fit = true;
     for _ in 0..count {
         let mut bytes = [0; SEGMENT_BYTES];
         rest.read(&mut bytes);
@@ -196,8 +200,9 @@ fn parse_segments(
         let sector = u64::from_le_bytes([s0, s1, s2, s3, s4, s5, s6, s7]);
         let sectors = u32::from_le_bytes([n0, n1, n2, n3]);
         let flags = u32::from_le_bytes(flags);
-        // VIRTIO 1.3, 5.2.6.2: unknown flags MUST be answered with UNSUPP.
-        if flags & !SEGMENT_FLAG_UNMAP != 0 {
+        // VIRTIO 1.3, 5.2.6.2: unknown flags MUST be answered with UNSUPP, whatever else is wrong,
+        // here or in another segment.
+        if flags & !known_flags != 0 {
             return Err(Status::Unsupported);
         }
         let len_bytes = u64::from(sectors).saturating_mul(SECTOR_BYTES);
@@ -208,13 +213,8 @@ fn parse_segments(
             Some(offset) if sectors <= max_sectors => {
                 segments.push(Segment { offset, len_bytes, unmap: flags != 0 });
             }
-            _ => return Err(Status::IoError),
+            _ => all_fit = false,
         }
     }
-    Ok(())
-}
-
-/// VIRTIO 1.3, 5.2.6.2: a discard with the unmap flag MUST be answered with UNSUPP.
-fn no_unmap(segments: &[Segment]) -> Result<(), Status> {
-    if segments.iter().any(|segment| segment.unmap) { Err(Status::Unsupported) } else { Ok(()) }
+    if all_fit { Ok(()) } else { Err(Status::IoError) }
 }
