@@ -17,6 +17,8 @@
 //!   soon if they were neglected.
 //! - [`acknowledgement`], [`offers`], [`suspension`]: duties of the specifications that no driver
 //!   would notice soon if they were neglected.
+//! - [`acknowledgement`], [`offers`], [`release`], [`ring_fields`], [`suspension`]: duties of the
+//!   specifications that no driver would notice soon if they were neglected.
 //! - [`hostile_messages`], [`half_messages`], [`hostile_memory`], [`hostile_rings`]: what they may
 //!   do to us.
 //!
@@ -47,8 +49,10 @@ mod negotiation;
 mod notification;
 mod offers;
 mod openmetrics;
+mod release;
 mod requests;
 mod ring_attack;
+mod ring_fields;
 mod rings;
 mod stability;
 mod subject;
