@@ -14,6 +14,7 @@
 //! | [`memory`] | guest addresses | host bytes |
 //! | [`metrics`] | events | counters that anyone may read at any time |
 //! | [`rate_limit`] | requests | the times at which they may go |
+//! | `simulation` | a seed | a worker without thread, kernel and clock, for tests only |
 //!
 //! One arrow is allowed: `daemon → session → worker → {device, virtqueue, engine} → memory`, with
 //! `protocol` below `session`, `metrics` and `rate_limit` below all. `tests/tidy.rs` fails on one that points
@@ -27,5 +28,7 @@ pub mod metrics;
 pub mod protocol;
 pub mod rate_limit;
 pub mod session;
+#[cfg(any(test, feature = "simulation"))]
+pub mod simulation;
 pub mod virtqueue;
 pub mod worker;

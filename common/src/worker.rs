@@ -9,6 +9,8 @@
 mod bell;
 mod kick;
 mod mailbox;
+#[cfg(any(test, feature = "simulation"))]
+pub(crate) mod manual;
 mod ring;
 mod spin;
 
@@ -228,9 +230,8 @@ fn spawn<D: Device>(
             match Uring::new(files) {
                 Ok(engine) => {
                     let _ = ready.send(Ok(()));
-                    let rings = (0..device.queue_count()).map(|_| None).collect();
                     let engine = Box::new(engine);
-                    Worker::<D> { engine, rings, mailbox, events, began: Instant::now() }.run();
+                    Worker::<D>::new(engine, device.queue_count(), mailbox, events).run();
                 }
                 Err(error) => {
                     let _ = ready.send(Err(error));
@@ -252,9 +253,21 @@ struct Worker<D: Device> {
     mailbox: Arc<Mailbox<Command<D::Queue>>>,
     events: mpsc::Sender<WorkerEvent>,
     began: Instant,
+    /// The last sleep between two looks at rings that have no kick.
+    idle: Duration,
 }
 
 impl<D: Device> Worker<D> {
+    fn new(
+        engine: Box<dyn Engine>,
+        queue_count: u16,
+        mailbox: Arc<Mailbox<Command<D::Queue>>>,
+        events: mpsc::Sender<WorkerEvent>,
+    ) -> Self {
+        let rings = (0..queue_count).map(|_| None).collect();
+        Self { engine, rings, mailbox, events, began: Instant::now(), idle: Duration::ZERO }
+    }
+
     fn run(mut self) {
         let ended = self.turns();
         self.mailbox.close();
@@ -271,30 +284,36 @@ impl<D: Device> Worker<D> {
         self.engine.watch(Subject::Mail, self.mailbox.bell())?;
         let mut events = Vec::with_capacity(256);
         let mut spin = Spin::default();
-        let mut idle = Duration::ZERO;
         loop {
             let now_ns = self.now_ns();
-            let mut popped = false;
-            for event in events.drain(..) {
-                if !self.dispatch(event, now_ns)? {
-                    return Ok(());
-                }
-            }
-            for ring in self.rings.iter_mut().flatten().filter(|ring| ring.is_runnable()) {
-                popped |= ring.process(now_ns, &mut *self.engine);
-            }
-            self.close_turn()?;
-            // Kicks are not asked for while a turn does not sleep, so look: another ring's work
-            // must not starve this one.
-            self.look_for_chains();
-            match self.how_long(popped, &mut idle) {
-                Wait::Forever => self.rest(&mut spin, &mut events)?,
-                Wait::AtMost(limit) if self.arm() => {
+            match self.turn(now_ns, &mut events)? {
+                None => return Ok(()),
+                Some(Wait::Forever) => self.rest(&mut spin, &mut events)?,
+                Some(Wait::AtMost(limit)) if self.arm() => {
                     self.engine.turn(Wait::AtMost(limit), &mut events)?;
                 }
-                Wait::AtMost(_) | Wait::No => self.engine.turn(Wait::No, &mut events)?,
+                Some(Wait::AtMost(_) | Wait::No) => self.engine.turn(Wait::No, &mut events)?,
             }
         }
+    }
+
+    /// Serves what has happened, lets rings pop and publishes what was used; how long the worker
+    /// may wait then, or `None` when it is told to quit.
+    fn turn(&mut self, now_ns: u64, events: &mut Vec<Event>) -> std::io::Result<Option<Wait>> {
+        for event in events.drain(..) {
+            if !self.dispatch(event, now_ns)? {
+                return Ok(None);
+            }
+        }
+        let mut popped = false;
+        for ring in self.rings.iter_mut().flatten().filter(|ring| ring.is_runnable()) {
+            popped |= ring.process(now_ns, &mut *self.engine);
+        }
+        self.close_turn()?;
+        // Kicks are not asked for while a turn does not sleep, so look: another ring's work must
+        // not starve this one.
+        self.look_for_chains();
+        Ok(Some(self.how_long(popped)))
     }
 
     /// Waits for the next thing to happen: looks for it while that is likely to pay, then sleeps.
@@ -432,13 +451,14 @@ impl<D: Device> Worker<D> {
 
     /// How long the next turn may sleep. Rings without a kick are looked at again at once while
     /// they bring work, then ever more rarely.
-    fn how_long(&mut self, popped: bool, idle: &mut Duration) -> Wait {
+    fn how_long(&mut self, popped: bool) -> Wait {
         if self.rings.iter().flatten().any(ActiveRing::is_runnable) {
             return Wait::No;
         }
         let mut wait = Wait::Forever;
         for ring in self.rings.iter_mut().flatten().filter(|ring| ring.is_polled()) {
             ring.look();
+            let idle = &mut self.idle;
             *idle = if popped { Duration::ZERO } else { (*idle * 2).clamp(POLL_MIN, POLL_MAX) };
             wait = if popped { Wait::No } else { Wait::AtMost(*idle) };
         }

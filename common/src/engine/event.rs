@@ -23,7 +23,7 @@ pub(crate) struct Event {
     /// Whom it is for.
     pub(crate) subject: Subject,
     /// Result, or a negated error number.
-    pub(super) result: i32,
+    pub(crate) result: i32,
     /// Further events of the same watch will come.
     pub(crate) more: bool,
 }

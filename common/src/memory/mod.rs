@@ -33,7 +33,7 @@ pub use map::{AccessError, FrontendAddress, GuestAddress, MemoryMap, RegionSpec}
 pub use region::{MapError, Region};
 
 /// A memory file as a front end would share it, for tests: a memfd of `len_bytes`, without seals.
-#[cfg(test)]
+#[cfg(any(test, feature = "simulation"))]
 pub(crate) fn guest_file(len_bytes: u64) -> std::os::fd::OwnedFd {
     let file = rustix::fs::memfd_create(
         "guest",

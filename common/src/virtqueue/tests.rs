@@ -1,107 +1,53 @@
-//! The device side of a ring against a driver that is written out here, store by store.
+//! The device side of a ring against a driver that does what a test says.
 
-use std::os::fd::AsFd;
+mod oracle;
+
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use super::{
-    Buffers, Chain, RingAddresses, RingError, RingSetup, VIRTIO_F_EVENT_IDX,
-    VIRTIO_F_INDIRECT_DESC, Virtqueue,
+    Buffers, Chain, RingError, RingSetup, VIRTIO_F_EVENT_IDX, VIRTIO_F_INDIRECT_DESC, Virtqueue,
 };
-use crate::memory::{
-    FrontendAddress, GuestAddress, HostBuffer, MemoryMap, Region, RegionSpec, guest_file,
-};
+use crate::memory::MemoryMap;
+use crate::simulation::{Driver, Guest, Layout};
 
 const SIZE: u16 = 8;
 const MEMORY_BYTES: u64 = 0x10000;
-const AVAILABLE: usize = 0x1000;
-const USED: usize = 0x2000;
+const LAYOUT: Layout = Layout { size: SIZE, descriptors: 0, available: 0x1000, used: 0x2000 };
 const DATA: u64 = 0x4000;
 
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;
 const INDIRECT: u16 = 4;
 
-/// A guest of one region, whose driver does what a test says.
-struct Driver {
-    memory: Arc<MemoryMap>,
-    bytes: HostBuffer,
-    available: u16,
+/// A guest of one region, and its driver.
+fn machine() -> (Arc<Guest>, Driver) {
+    let guest = Arc::new(Guest::new(&[(0, MEMORY_BYTES)]));
+    (Arc::clone(&guest), Driver::new(guest, LAYOUT, 0))
 }
 
-impl Driver {
-    fn new() -> Self {
-        let file = guest_file(MEMORY_BYTES);
-        let spec = RegionSpec {
-            guest: GuestAddress(0),
-            frontend: FrontendAddress(0),
-            len_bytes: MEMORY_BYTES,
-            file_offset_bytes: 0,
-        };
-        let region = Region::map(spec, file.as_fd()).expect("map");
-        let memory = Arc::new(MemoryMap::new(vec![Arc::new(region)]).expect("one region"));
-        let bytes = memory.resolve_frontend(FrontendAddress(0), MEMORY_BYTES).expect("all of it");
-        Self { memory, bytes, available: 0 }
-    }
+fn queue(driver: &Driver, features: u64) -> Virtqueue {
+    Virtqueue::new(RingSetup { features, ..driver.setup(0) }).expect("a ring in memory")
+}
 
-    fn queue(&self, features: u64) -> Virtqueue {
-        let addresses = RingAddresses {
-            descriptor: FrontendAddress(0),
-            available: FrontendAddress(AVAILABLE as u64),
-            used: FrontendAddress(USED as u64),
-        };
-        let memory = Arc::clone(&self.memory);
-        let setup = RingSetup { addresses, size: SIZE, base: 0, features, memory };
-        Virtqueue::new(setup).expect("a ring in memory")
-    }
-
-    fn describe_at(&self, at: usize, buffer: (u64, u32), flags: u16, next: u16) {
-        self.bytes.store_u64(at, buffer.0);
-        self.bytes.store_u32(at + 8, buffer.1);
-        self.bytes.store_u16(at + 12, flags, Ordering::Relaxed);
-        self.bytes.store_u16(at + 14, next, Ordering::Relaxed);
-    }
-
-    fn describe(&self, index: u16, buffer: (u64, u32), flags: u16, next: u16) {
-        self.describe_at(16 * usize::from(index), buffer, flags, next);
-    }
-
-    fn offer(&mut self, head: u16) {
-        let entry = AVAILABLE + 4 + 2 * usize::from(self.available % SIZE);
-        self.bytes.store_u16(entry, head, Ordering::Relaxed);
-        self.available = self.available.wrapping_add(1);
-        self.bytes.store_u16(AVAILABLE + 2, self.available, Ordering::Release);
-    }
-
-    fn used_index(&self) -> u16 {
-        self.bytes.load_u16(USED + 2, Ordering::Acquire)
-    }
-
-    fn used(&self, entry: u16) -> (u32, u32) {
-        let at = USED + 4 + 8 * usize::from(entry % SIZE);
-        (self.bytes.load_u32(at), self.bytes.load_u32(at + 4))
-    }
-
-    /// Offers one chain and gives what the device makes of it.
-    fn pop(&mut self, queue: &mut Virtqueue, head: u16) -> Result<Option<Chain>, RingError> {
-        self.offer(head);
-        queue.pop(0)
-    }
+/// Offers one chain and gives what the device makes of it.
+fn pop(driver: &mut Driver, queue: &mut Virtqueue, head: u16) -> Result<Option<Chain>, RingError> {
+    driver.offer(head);
+    queue.pop(0)
 }
 
 #[test]
 fn chain_becomes_readable_then_writable_buffers() {
-    let mut driver = Driver::new();
-    let mut queue = driver.queue(0);
+    let (guest, mut driver) = machine();
+    let mut queue = queue(&driver, 0);
     driver.describe(2, (DATA, 16), NEXT, 5);
     driver.describe(5, (DATA + 0x100, 512), NEXT | WRITE, 3);
     driver.describe(3, (DATA + 0x400, 1), WRITE, 0);
-    let chain = driver.pop(&mut queue, 2).expect("a good chain").expect("a chain");
+    let chain = pop(&mut driver, &mut queue, 2).expect("a good chain").expect("a chain");
     assert_eq!(chain.slot(), 2);
     assert_eq!(queue.readable(&chain).len_bytes(), 16);
     assert_eq!(queue.writable(&chain).len_bytes(), 513);
     assert_eq!(queue.writable(&chain).slice(512, 9).write(&[7, 8]), 1);
-    assert_eq!(driver.bytes.load_u16(DATA as usize + 0x400, Ordering::Relaxed), 7);
+    assert_eq!(guest.read(DATA + 0x400, 1), [7]);
     queue.used(chain, 513);
     assert_eq!(driver.used_index(), 0, "nothing is seen before it is published");
     assert!(queue.publish());
@@ -111,12 +57,12 @@ fn chain_becomes_readable_then_writable_buffers() {
 #[test]
 fn indirect_table_is_walked_only_where_negotiated() {
     for (features, good) in [(VIRTIO_F_INDIRECT_DESC, true), (0, false)] {
-        let mut driver = Driver::new();
-        let mut queue = driver.queue(features);
+        let (_, mut driver) = machine();
+        let mut queue = queue(&driver, features);
         driver.describe(0, (0x3000, 32), INDIRECT, 0);
         driver.describe_at(0x3000, (DATA, 16), NEXT, 1);
         driver.describe_at(0x3010, (DATA + 16, 1), WRITE, 0);
-        match driver.pop(&mut queue, 0) {
+        match pop(&mut driver, &mut queue, 0) {
             Ok(Some(chain)) if good => {
                 assert_eq!(queue.readable(&chain).len_bytes(), 16);
                 queue.used(chain, 1);
@@ -132,10 +78,10 @@ type BadChain = (&'static str, fn(&Driver), fn(&RingError) -> bool);
 
 fn assert_refused(chains: &[BadChain]) {
     for (name, describe, refused) in chains {
-        let mut driver = Driver::new();
-        let mut queue = driver.queue(VIRTIO_F_INDIRECT_DESC);
+        let (_, mut driver) = machine();
+        let mut queue = queue(&driver, VIRTIO_F_INDIRECT_DESC);
         describe(&driver);
-        let error = driver.pop(&mut queue, 0).expect_err(name);
+        let error = pop(&mut driver, &mut queue, 0).expect_err(name);
         assert!(refused(&error), "{name}: {error:?}");
         assert_eq!(queue.chains_out(), 0, "{name}");
     }
@@ -214,29 +160,29 @@ fn chains_that_may_not_be_are_refused_by_name() {
 
 #[test]
 fn available_index_that_jumps_is_refused() {
-    let driver = Driver::new();
-    let mut queue = driver.queue(0);
-    driver.bytes.store_u16(AVAILABLE + 2, SIZE + 1, Ordering::Release);
+    let (_, mut driver) = machine();
+    let mut queue = queue(&driver, 0);
+    driver.show(SIZE + 1);
     assert!(matches!(queue.pop(0), Err(RingError::IndexJump { index: 9, next: 0, size: 8 })));
 }
 
 #[test]
 fn head_outside_the_table_or_offered_twice_is_refused() {
-    let mut driver = Driver::new();
-    let mut queue = driver.queue(0);
+    let (_, mut driver) = machine();
+    let mut queue = queue(&driver, 0);
     driver.describe(1, (DATA, 1), 0, 0);
-    let chain = driver.pop(&mut queue, 1).expect("good").expect("a chain");
-    assert!(matches!(driver.pop(&mut queue, 1), Err(RingError::HeadInUse { head: 1 })));
-    assert!(matches!(driver.pop(&mut queue, SIZE), Err(RingError::Head { head: SIZE, .. })));
+    let chain = pop(&mut driver, &mut queue, 1).expect("good").expect("a chain");
+    assert!(matches!(pop(&mut driver, &mut queue, 1), Err(RingError::HeadInUse { head: 1 })));
+    assert!(matches!(pop(&mut driver, &mut queue, SIZE), Err(RingError::Head { head: SIZE, .. })));
     queue.used(chain, 0);
 }
 
 #[test]
 fn broken_ring_gives_no_chains_and_ends_those_that_are_out() {
-    let mut driver = Driver::new();
-    let mut queue = driver.queue(0);
+    let (_, mut driver) = machine();
+    let mut queue = queue(&driver, 0);
     driver.describe(1, (DATA, 1), 0, 0);
-    let chain = driver.pop(&mut queue, 1).expect("good").expect("a chain");
+    let chain = pop(&mut driver, &mut queue, 1).expect("good").expect("a chain");
     queue.break_off();
     driver.offer(1);
     assert!(matches!(queue.pop(0), Ok(None)));
@@ -247,8 +193,8 @@ fn broken_ring_gives_no_chains_and_ends_those_that_are_out() {
 
 #[test]
 fn retracted_chains_are_popped_again_in_their_order() {
-    let mut driver = Driver::new();
-    let mut queue = driver.queue(0);
+    let (_, mut driver) = machine();
+    let mut queue = queue(&driver, 0);
     for head in 0..3 {
         driver.describe(head, (DATA, 1), 0, 0);
         driver.offer(head);
@@ -269,14 +215,13 @@ fn retracted_chains_are_popped_again_in_their_order() {
 
 #[test]
 fn driver_is_called_past_its_event_index_only() {
-    let mut driver = Driver::new();
-    let mut queue = driver.queue(VIRTIO_F_EVENT_IDX);
-    let used_event = AVAILABLE + 4 + 2 * usize::from(SIZE);
-    driver.bytes.store_u16(used_event, 1, Ordering::Relaxed);
+    let (_, mut driver) = machine();
+    let mut queue = queue(&driver, VIRTIO_F_EVENT_IDX);
+    driver.set_used_event(1);
     driver.describe(0, (DATA, 1), 0, 0);
     let mut calls = Vec::new();
     for _ in 0..3 {
-        let chain = driver.pop(&mut queue, 0).expect("good").expect("a chain");
+        let chain = pop(&mut driver, &mut queue, 0).expect("good").expect("a chain");
         queue.used(chain, 0);
         calls.push(queue.publish());
     }
@@ -286,11 +231,11 @@ fn driver_is_called_past_its_event_index_only() {
 
 #[test]
 fn driver_that_wants_no_interrupts_gets_none() {
-    let mut driver = Driver::new();
-    let mut queue = driver.queue(0);
-    driver.bytes.store_u16(AVAILABLE, 1, Ordering::Relaxed);
+    let (_, mut driver) = machine();
+    let mut queue = queue(&driver, 0);
+    driver.set_flags(1);
     driver.describe(0, (DATA, 1), 0, 0);
-    let chain = driver.pop(&mut queue, 0).expect("good").expect("a chain");
+    let chain = pop(&mut driver, &mut queue, 0).expect("good").expect("a chain");
     queue.used(chain, 0);
     assert!(!queue.publish());
     assert_eq!(driver.used_index(), 1);
@@ -298,35 +243,34 @@ fn driver_that_wants_no_interrupts_gets_none() {
 
 #[test]
 fn kick_is_asked_for_where_the_driver_looks() {
-    let mut driver = Driver::new();
-    let mut with_index = driver.queue(VIRTIO_F_EVENT_IDX);
+    let (_, mut driver) = machine();
+    let mut with_index = queue(&driver, VIRTIO_F_EVENT_IDX);
     driver.describe(0, (DATA, 1), 0, 0);
-    let chain = driver.pop(&mut with_index, 0).expect("good").expect("a chain");
+    let chain = pop(&mut driver, &mut with_index, 0).expect("good").expect("a chain");
     assert!(!with_index.request_kick().expect("good"));
-    let available_event = USED + 4 + 8 * usize::from(SIZE);
-    assert_eq!(driver.bytes.load_u16(available_event, Ordering::Relaxed), 1);
+    assert_eq!(driver.available_event(), 1);
     driver.offer(0);
     assert!(with_index.request_kick().expect("good"), "a chain came in between");
     with_index.used(chain, 0);
 
-    let driver = Driver::new();
-    let mut with_flag = driver.queue(0);
+    let (_, driver) = machine();
+    let mut with_flag = queue(&driver, 0);
     with_flag.suppress_kicks();
-    assert_eq!(driver.bytes.load_u16(USED, Ordering::Relaxed), 1);
+    assert_eq!(driver.used_flags(), 1);
     assert!(!with_flag.request_kick().expect("good"));
-    assert_eq!(driver.bytes.load_u16(USED, Ordering::Relaxed), 0);
+    assert_eq!(driver.used_flags(), 0);
 }
 
 #[test]
 fn chain_keeps_its_memory_when_the_map_is_replaced() {
-    let mut driver = Driver::new();
-    let mut queue = driver.queue(0);
+    let (guest, mut driver) = machine();
+    let mut queue = queue(&driver, 0);
     driver.describe(0, (DATA, 8), WRITE, 0);
-    let chain = driver.pop(&mut queue, 0).expect("good").expect("a chain");
-    let old = Arc::downgrade(&driver.memory);
-    let new = Driver::new();
-    queue.set_memory(Arc::clone(&new.memory)).expect("the ring is there as well");
-    drop(driver);
+    let chain = pop(&mut driver, &mut queue, 0).expect("good").expect("a chain");
+    let old = Arc::downgrade(&guest.map());
+    let (new_guest, new) = machine();
+    queue.set_memory(new_guest.map()).expect("the ring is there as well");
+    drop((guest, driver));
     assert!(old.upgrade().is_some() && !queue.is_settled());
     assert_eq!(queue.writable(&chain).write(&[1; 8]), 8);
     queue.used(chain, 8);
@@ -337,10 +281,10 @@ fn chain_keeps_its_memory_when_the_map_is_replaced() {
 
 #[test]
 fn ring_that_a_new_map_lacks_writes_to_the_old_one() {
-    let mut driver = Driver::new();
-    let mut queue = driver.queue(0);
+    let (_, mut driver) = machine();
+    let mut queue = queue(&driver, 0);
     driver.describe(0, (DATA, 8), WRITE, 0);
-    let chain = driver.pop(&mut queue, 0).expect("good").expect("a chain");
+    let chain = pop(&mut driver, &mut queue, 0).expect("good").expect("a chain");
     let moved = queue.set_memory(Arc::new(MemoryMap::empty()));
     assert!(matches!(moved, Err(RingError::Unmapped { area: "descriptor table", .. })));
     queue.used(chain, 8);
@@ -350,24 +294,11 @@ fn ring_that_a_new_map_lacks_writes_to_the_old_one() {
 
 #[test]
 fn ring_goes_on_from_its_base() {
-    let mut driver = Driver::new();
-    driver.available = u16::MAX;
-    driver.bytes.store_u16(USED + 2, u16::MAX, Ordering::Relaxed);
-    let addresses = RingAddresses {
-        descriptor: FrontendAddress(0),
-        available: FrontendAddress(AVAILABLE as u64),
-        used: FrontendAddress(USED as u64),
-    };
-    let mut queue = Virtqueue::new(RingSetup {
-        addresses,
-        size: SIZE,
-        base: u16::MAX,
-        features: 0,
-        memory: Arc::clone(&driver.memory),
-    })
-    .expect("a ring");
+    let (_, mut driver) = machine();
+    driver.start_at(u16::MAX);
+    let mut queue = Virtqueue::new(driver.setup(u16::MAX)).expect("a ring");
     driver.describe(4, (DATA, 1), 0, 0);
-    let chain = driver.pop(&mut queue, 4).expect("good").expect("a chain");
+    let chain = pop(&mut driver, &mut queue, 4).expect("good").expect("a chain");
     queue.used(chain, 3);
     queue.publish();
     assert_eq!((driver.used_index(), driver.used(u16::MAX)), (0, (4, 3)));
@@ -376,14 +307,15 @@ fn ring_goes_on_from_its_base() {
 
 #[test]
 fn lists_of_buffers_are_copied_whatever_their_pieces() {
-    let driver = Driver::new();
+    let guest = Guest::new(&[(0, MEMORY_BYTES)]);
     let bytes: Vec<u8> = (0..=250).collect();
-    driver.bytes.write(0, &bytes);
-    let pieces = |at: usize, lens: &[usize]| {
+    guest.write(0, &bytes);
+    let pieces = |at: u64, lens: &[usize]| {
         let mut at = at;
         let piece = |len: &usize| {
-            at += len;
-            driver.bytes.slice(at - len, *len)
+            let piece = guest.buffers(at, *len)[0];
+            at += *len as u64;
+            piece
         };
         lens.iter().map(piece).collect::<Vec<_>>()
     };
@@ -393,8 +325,7 @@ fn lists_of_buffers_are_copied_whatever_their_pieces() {
         let copied = Buffers::new(&into).copy_from(Buffers::new(&from).slice(3, usize::MAX));
         let len = lens.iter().sum::<usize>().min(107);
         assert_eq!(copied, len);
-        let mut found = vec![0; len + 1];
-        driver.bytes.read(at, &mut found);
+        let found = guest.read(at, len + 1);
         assert_eq!((&found[..len], found[len]), (&bytes[3..3 + len], 0), "{lens:?}");
     }
 }

@@ -1,0 +1,237 @@
+//! A worker's wake-ups and its drain, with a device that keeps each chain for one operation.
+
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+
+use super::{Driver, Guest, Layout, Random, Stage, seeds};
+use crate::device::{Account, Device, DeviceQueue, QueueIo};
+use crate::engine::{Completion, FileIndex, Op};
+use crate::virtqueue::{Chain, VIRTIO_F_EVENT_IDX, VIRTIO_F_INDIRECT_DESC};
+use crate::worker::WorkerEvent;
+
+const QUEUES: u16 = 2;
+const SIZE: u16 = 8;
+
+/// Every chain costs one operation, and is used with its writable bytes.
+struct Echo;
+
+struct EchoQueue {
+    out: Vec<Option<Chain>>,
+}
+
+impl Device for Echo {
+    type Queue = EchoQueue;
+    const NAME: &'static str = "echo";
+    const KINDS: &'static [&'static str] = &["request"];
+
+    fn queue_count(&self) -> u16 {
+        QUEUES
+    }
+    fn max_queue_size(&self) -> u16 {
+        SIZE
+    }
+    fn features(&self) -> u64 {
+        0
+    }
+    fn read_config(&self, _features: u64, _offset: u32, into: &mut [u8]) {
+        into.fill(0);
+    }
+    fn files(&self) -> Vec<BorrowedFd<'_>> {
+        Vec::new()
+    }
+    fn open_queue(&self, _index: u16, _features: u64, size: u16) -> EchoQueue {
+        EchoQueue { out: (0..size).map(|_| None).collect() }
+    }
+}
+
+impl DeviceQueue for EchoQueue {
+    fn process(&mut self, io: &mut QueueIo<'_>) {
+        while let Some(chain) = io.pop() {
+            io.submit(&chain, 0, |parts| Op::Read {
+                file: FileIndex(0),
+                offset: 0,
+                into: parts.writable,
+            });
+            let slot = usize::from(chain.slot());
+            self.out[slot] = Some(chain);
+        }
+    }
+
+    fn complete(&mut self, done: Completion, io: &mut QueueIo<'_>) {
+        let chain = self.out[usize::from(done.token.slot)].take().expect("a chain that is out");
+        let written = io.writable(&chain).len_bytes() as u32;
+        io.finish(chain, written, Account { kind: 0, bytes: 0, failed: false });
+    }
+}
+
+/// A driver that sleeps until it is called, and what it waits for.
+struct Sleeper {
+    driver: Driver,
+    /// Calls that it has heard.
+    heard: u64,
+    asleep: bool,
+    waits_for: u64,
+    got: u64,
+    running: bool,
+}
+
+struct Play {
+    stage: Stage<Echo>,
+    sleepers: Vec<Sleeper>,
+    random: Random,
+}
+
+impl Play {
+    fn new(seed: u64) -> Self {
+        let mut random = Random::new(seed);
+        let guest = Arc::new(Guest::new(&[(0, 0x10000)]));
+        let mut stage = Stage::new(Arc::new(Echo), random.number());
+        let mut sleepers = Vec::new();
+        for index in 0..QUEUES {
+            let at = 0x4000 * u64::from(index);
+            let layout =
+                Layout { size: SIZE, descriptors: at, available: at + 0x400, used: at + 0x800 };
+            let features = random.pick(&[0, VIRTIO_F_EVENT_IDX]) | VIRTIO_F_INDIRECT_DESC;
+            let mut driver = Driver::new(Arc::clone(&guest), layout, features);
+            let base = random.number() as u16;
+            driver.start_at(base);
+            stage.start(index, driver.setup(base)).expect("a ring");
+            sleepers.push(Sleeper {
+                driver,
+                heard: 0,
+                asleep: false,
+                waits_for: 0,
+                got: 0,
+                running: true,
+            });
+        }
+        Self { stage, sleepers, random }
+    }
+
+    /// Something happens.
+    fn step(&mut self) {
+        let Self { stage, sleepers, random } = self;
+        let index = random.index(sleepers.len());
+        let queue = index as u16;
+        let sleeper = &mut sleepers[index];
+        match random.within(0..8) {
+            0 | 1 => sleeper.send(queue, stage, random),
+            2 | 3 => drop(stage.turn()),
+            4 | 5 => {
+                let held = stage.kernel().held();
+                if !held.is_empty() {
+                    stage.kernel().end(held[random.index(held.len())].number, Ok(0));
+                }
+            }
+            6 => drop(sleeper.wake(queue, stage)),
+            _ if random.once_in(4) && sleeper.running => {
+                stage.stop(queue);
+                sleeper.running = false;
+            }
+            _ => drop(sleeper.restart(queue, stage)),
+        }
+    }
+
+    /// Everything that is under way ends; nothing new begins but what that calls for.
+    fn settle(&mut self) {
+        let Self { stage, sleepers, .. } = self;
+        loop {
+            let mut goes_on = stage.turn();
+            for operation in stage.kernel().held() {
+                stage.kernel().end(operation.number, Ok(0));
+                goes_on = true;
+            }
+            for (queue, sleeper) in (0..).zip(sleepers.iter_mut()) {
+                goes_on |= sleeper.wake(queue, stage);
+                goes_on |= sleeper.restart(queue, stage);
+            }
+            if !goes_on {
+                break;
+            }
+        }
+        for sleeper in sleepers {
+            assert_eq!(sleeper.got, sleeper.waits_for, "the driver sleeps, and so does the worker");
+        }
+        while let Some(told) = stage.told() {
+            assert!(matches!(told, WorkerEvent::KickLost { .. }), "{told:?}");
+        }
+    }
+}
+
+impl Sleeper {
+    fn send(&mut self, queue: u16, stage: &mut Stage<Echo>, random: &mut Random) {
+        let at = 0x4000 * u64::from(queue) + 0x1000;
+        for _ in 0..random.within(1..4) {
+            let table = random.once_in(2).then_some(at + 0x1000 + 0x100 * (self.waits_for % 16));
+            let buffers: (&[_], &[_]) = (&[(at, 16)], &[(at, 64), (at + 64, 1)]);
+            if self.driver.add(buffers, table, random).is_some() {
+                self.waits_for += 1;
+            }
+        }
+        if self.driver.publish() {
+            stage.kernel().kick(queue);
+        }
+    }
+
+    /// Takes what has come, if it is awake or was called, and goes to sleep; true when there was
+    /// anything.
+    fn wake(&mut self, queue: u16, stage: &Stage<Echo>) -> bool {
+        let calls = stage.kernel().calls(queue);
+        if self.asleep && calls == self.heard {
+            return false;
+        }
+        self.heard = calls;
+        let mut took = false;
+        loop {
+            for used in self.driver.take_used() {
+                assert_eq!(used.written_bytes, 65);
+                self.got += 1;
+                took = true;
+            }
+            self.asleep = self.driver.want_call();
+            if self.asleep {
+                return took;
+            }
+        }
+    }
+
+    /// Once the ring has stopped, it goes on from its base; true when it does.
+    fn restart(&mut self, queue: u16, stage: &mut Stage<Echo>) -> bool {
+        let Some(base) = stage.stopped(queue) else { return false };
+        let waiting = self.driver.next_available().wrapping_sub(base);
+        self.got += self.driver.take_used().len() as u64;
+        assert_eq!(self.waits_for - self.got, u64::from(waiting), "what is after the base waits");
+        stage.start(queue, self.driver.setup(base)).expect("a ring");
+        self.running = true;
+        true
+    }
+}
+
+#[test]
+fn nobody_sleeps_while_work_waits_and_a_drained_ring_goes_on_at_its_base() {
+    for seed in seeds(400) {
+        eprintln!("OUTBOARD_SIMULATION_SEED={seed}");
+        let mut play = Play::new(seed);
+        for _ in 0..play.random.within(10..300) {
+            play.step();
+        }
+        play.settle();
+        let counted: u64 =
+            play.stage.metrics().queues.iter().map(|queue| queue.kinds[0].requests.get()).sum();
+        let sent: u64 = play.sleepers.iter().map(|sleeper| sleeper.waits_for).sum();
+        assert_eq!(counted, sent);
+    }
+}
+
+#[test]
+fn seed_determines_the_play() {
+    let run = |seed| {
+        let mut play = Play::new(seed);
+        (0..200).for_each(|_| play.step());
+        play.settle();
+        let calls = play.stage.kernel().calls(0);
+        (play.stage.now_ns(), play.stage.kernel().submitted(), calls)
+    };
+    assert_eq!(run(3), run(3));
+    assert_ne!(run(3), run(4));
+}
