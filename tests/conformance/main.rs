@@ -56,5 +56,5 @@ mod ring_fields;
 mod rings;
 mod stability;
 mod subject;
-mod untimely;
 mod suspension;
+mod untimely;
