@@ -26,7 +26,7 @@ use self::mailbox::Mailbox;
 use self::ring::{ActiveRing, Notice};
 use self::spin::Spin;
 use crate::device::{Device, HostFault};
-use crate::engine::{Completion, Engine, EngineError, Event, Subject, Uring, Wait};
+use crate::engine::{Completion, Engine, EngineError, EngineKind, Event, Subject, Wait};
 use crate::memory::MemoryMap;
 use crate::metrics::{Metrics, QueueMetrics};
 use crate::virtqueue::{RingError, Virtqueue};
@@ -107,19 +107,20 @@ pub struct Workers<D: Device> {
 }
 
 impl<D: Device> Workers<D> {
-    /// Starts `count` workers; their events come out of the second value.
+    /// Starts `count` workers with an engine of this kind each; their events come out of the second value.
     ///
     /// # Errors
     /// A thread or its engine could not be set up.
     pub fn start(
         device: Arc<D>,
+        engine: EngineKind,
         count: u16,
         metrics: &Metrics,
     ) -> Result<(Self, mpsc::Receiver<WorkerEvent>), EngineError> {
         let (events, receiver) = mpsc::channel(EVENT_BACKLOG);
         let mut threads = Vec::new();
         for number in 0..count.max(1) {
-            threads.push(spawn(number, Arc::clone(&device), events.clone())?);
+            threads.push(spawn(number, Arc::clone(&device), engine, events.clone())?);
         }
         let queues = metrics.queues.clone();
         let running = vec![false; queues.len()];
@@ -217,6 +218,7 @@ impl<D: Device> Drop for Workers<D> {
 fn spawn<D: Device>(
     number: u16,
     device: Arc<D>,
+    engine: EngineKind,
     events: mpsc::Sender<WorkerEvent>,
 ) -> Result<Thread<D::Queue>, EngineError> {
     let mailbox = Mailbox::new().map_err(|error| EngineError::Worker(error.into()))?;
@@ -227,10 +229,9 @@ fn spawn<D: Device>(
         move || {
             let files = device.files().iter().map(AsRawFd::as_raw_fd).collect();
             // The engine belongs to the thread that made it.
-            match Uring::new(files) {
+            match engine.open(files) {
                 Ok(engine) => {
                     let _ = ready.send(Ok(()));
-                    let engine = Box::new(engine);
                     Worker::<D>::new(engine, device.queue_count(), mailbox, events).run();
                 }
                 Err(error) => {

@@ -23,6 +23,7 @@ use super::listener::{self, Endpoint, Sockets};
 use super::log::{self, RateLimit};
 use super::{DaemonOptions, notify};
 use crate::device::Device;
+use crate::engine::EngineKind;
 use crate::memory::sigbus;
 use crate::metrics::Metrics;
 use crate::worker::{WorkerEvent, Workers};
@@ -82,7 +83,8 @@ fn start<D: Device, E: Error + 'static>(
     };
     let device = Arc::new(open()?);
     let metrics = Arc::new(Metrics::new(D::NAME, D::KINDS, device.queue_count()));
-    let (workers, events) = Workers::start(Arc::clone(&device), options.threads, &metrics)?;
+    let (workers, events) =
+        Workers::start(Arc::clone(&device), EngineKind::IoUring, options.threads, &metrics)?;
     let sockets = claimed.listen()?;
     let gate = RateLimit::new(LOG_LINES, LOG_INTERVAL);
     let daemon = Daemon { device, workers, events, metrics, gate };

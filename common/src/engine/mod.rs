@@ -5,19 +5,25 @@
 //! then: the virtqueue's slot sees to that. The [`Op`] enum is the whole system-call surface of
 //! every device, so sandbox rules can be read off it.
 //!
-//! [`Engine`] is what a worker knows of it. [`Uring`] is the one there is: everything that a turn of
-//! the worker's loop has to say to the kernel goes into one `io_uring_enter`, which also waits.
+//! [`Engine`] is what a worker knows of it. With `uring`, everything that a turn of the worker's loop
+//! has to say to the kernel goes into one `io_uring_enter`, which also waits. `threads`, epoll and a
+//! pool of threads, is for hosts that forbid io_uring. [`EngineKind`] names the two, and says which of
+//! them there can be.
 
 mod event;
+mod kind;
 mod op;
+#[cfg(test)]
+pub(crate) mod tests;
+mod threads;
 mod uring;
 
 use std::io;
 use std::os::fd::OwnedFd;
 
 pub(crate) use self::event::{Event, Subject, Wait};
+pub use self::kind::{EngineKind, Unavailable};
 pub use self::op::{Completion, FileIndex, Op, Token, Zeroing};
-pub(crate) use self::uring::Uring;
 
 /// Executes operations, watches kicks and writes calls, for one worker.
 pub(crate) trait Engine {
@@ -67,12 +73,12 @@ pub(crate) trait Engine {
 /// Why there is no engine.
 #[derive(Debug, thiserror::Error)]
 pub enum EngineError {
-    /// The kernel gave no ring.
-    #[error(
-        "io_uring is not available (disabled by kernel.io_uring_disabled or a seccomp filter, or \
-         the kernel is older than 5.13)"
-    )]
-    Setup(#[source] io::Error),
+    /// The kernel gave a worker no ring, though it had given one before.
+    #[error("a worker gets no io_uring (--aio threads does without)")]
+    Uring(#[from] Unavailable),
+    /// A worker's threads, or what it waits with, could not be made.
+    #[error("a worker gets no I/O threads")]
+    Threads(#[source] io::Error),
     /// A worker's thread or mailbox could not be made.
     #[error("a worker cannot be started")]
     Worker(#[source] io::Error),

@@ -17,6 +17,17 @@ pub enum Zeroing {
     Write,
 }
 
+impl Zeroing {
+    /// The mode of `fallocate(2)` that does it; `None` where zeros are written.
+    pub(super) fn fallocate_mode(self) -> Option<i32> {
+        match self {
+            Self::Deallocate => Some(libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE),
+            Self::Keep => Some(libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE),
+            Self::Write => None,
+        }
+    }
+}
+
 /// One operation on a device's file. Offsets and lengths are in bytes.
 #[derive(Clone, Copy)]
 pub enum Op<'a> {

@@ -11,11 +11,11 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
 use super::event::{Event, Subject, Wait};
-use super::op::{FileIndex, Op, Token, Zeroing};
-use super::{Engine, EngineError};
+use super::op::{FileIndex, Op, Token};
+use super::{Engine, Unavailable};
 use crate::memory::HostBuffer;
 use crate::virtqueue::{Buffers, MAX_CHAIN_DESCRIPTORS};
-use io_uring::{IoUring, cqueue, opcode, squeue, types};
+use io_uring::{IoUring, Probe, cqueue, opcode, squeue, types};
 
 /// Submissions of one turn; a turn with more makes one more system call.
 const SUBMISSIONS: u32 = 256;
@@ -28,6 +28,18 @@ const ARENA_BUFFERS: usize = 4 * MAX_CHAIN_DESCRIPTORS as usize;
 const FLUSH_TRIES: u32 = 1000;
 /// `io_uring_enter(2)`: look for completions.
 const IORING_ENTER_GETEVENTS: u32 = 1;
+
+/// The operations that this engine uses.
+const OPERATIONS: [(&str, u8); 8] = [
+    ("READ", opcode::Read::CODE),
+    ("READV", opcode::Readv::CODE),
+    ("WRITE", opcode::Write::CODE),
+    ("WRITEV", opcode::Writev::CODE),
+    ("FSYNC", opcode::Fsync::CODE),
+    ("FALLOCATE", opcode::Fallocate::CODE),
+    ("POLL_ADD", opcode::PollAdd::CODE),
+    ("ASYNC_CANCEL", opcode::AsyncCancel::CODE),
+];
 
 /// An io_uring and the files that operations name.
 pub(crate) struct Uring {
@@ -45,11 +57,33 @@ impl Uring {
     ///
     /// # Errors
     /// io_uring is disabled or missing.
-    pub(crate) fn new(files: Vec<RawFd>) -> Result<Self, EngineError> {
-        let ring = set_up().map_err(EngineError::Setup)?;
+    pub(crate) fn new(files: Vec<RawFd>) -> Result<Self, Unavailable> {
+        let ring = set_up().map_err(Unavailable::from)?;
         // A file that cannot be registered is looked up at each operation instead.
         let registered = !files.is_empty() && ring.submitter().register_files(&files).is_ok();
         Ok(Self { ring, files, registered, arena: Vec::with_capacity(ARENA_BUFFERS) })
+    }
+
+    /// Tries whether this host has an io_uring that does all that is asked of it here.
+    ///
+    /// # Errors
+    /// It has not.
+    pub(crate) fn probe() -> Result<(), Unavailable> {
+        let mut uring = Self::new(Vec::new())?;
+        // What a watch that goes on needs came with this mark of Linux 5.13.
+        if !uring.ring.params().is_feature_resource_tagging() {
+            return Err(Unavailable::Old);
+        }
+        let mut known = Probe::new();
+        uring.ring.submitter().register_probe(&mut known)?;
+        let lacking = OPERATIONS.iter().find(|(_, code)| !known.is_supported(*code));
+        if let Some((name, _)) = lacking {
+            return Err(Unavailable::Lacking(name));
+        }
+        // A filter may let a ring be made and not be used.
+        uring.push(Subject::Mail, opcode::Nop::new().build())?;
+        uring.enter(1)?;
+        Ok(())
     }
 
     /// `submit_and_wait` that also asks for completions when it need not wait: with deferred task
@@ -158,18 +192,13 @@ impl Engine for Uring {
                 self.entry(file, |fd| writev(fd, address, count, (offset, flags)))
             }
             Op::Sync { file } => self.entry(file, fdatasync),
-            Op::Zero { file, offset, len_bytes, zeroing } => {
-                let mode = match zeroing {
-                    Zeroing::Deallocate => libc::FALLOC_FL_PUNCH_HOLE,
-                    Zeroing::Keep => libc::FALLOC_FL_ZERO_RANGE,
-                    Zeroing::Write => {
-                        let (address, count) = self.zeros(len_bytes)?;
-                        let entry = self.entry(file, |fd| writev(fd, address, count, (offset, 0)));
-                        return self.push(Subject::Operation { queue, token }, entry);
-                    }
-                } | libc::FALLOC_FL_KEEP_SIZE;
-                self.entry(file, |fd| fallocate(fd, offset, len_bytes, mode))
-            }
+            Op::Zero { file, offset, len_bytes, zeroing } => match zeroing.fallocate_mode() {
+                Some(mode) => self.entry(file, |fd| fallocate(fd, offset, len_bytes, mode)),
+                None => {
+                    let (address, count) = self.zeros(len_bytes)?;
+                    self.entry(file, |fd| writev(fd, address, count, (offset, 0)))
+                }
+            },
         };
         self.push(Subject::Operation { queue, token }, entry)
     }
@@ -312,41 +341,21 @@ fn fallocate(target: Target, offset: u64, len: u64, mode: i32) -> squeue::Entry 
 
 #[cfg(test)]
 mod tests {
-    use std::os::fd::{AsFd, AsRawFd};
+    use std::os::fd::AsRawFd;
     use std::os::unix::fs::FileExt;
-    use std::sync::Arc;
 
     use super::{SUBMISSIONS, Uring};
-    use crate::engine::{Engine, FileIndex, Op, Token, Wait};
-    use crate::memory::{FrontendAddress, GuestAddress, HostBuffer, MemoryMap, Region, RegionSpec};
+    use crate::engine::tests::{PIECE, engines, guest};
+    use crate::engine::{Engine, EngineKind, FileIndex, Op, Token, Wait};
     use crate::virtqueue::Buffers;
 
     const FILE: FileIndex = FileIndex(0);
-    const PIECE: usize = 512;
-
-    /// Guest memory of which each piece is filled with its own number.
-    fn guest(pieces: u8) -> (Arc<MemoryMap>, Vec<HostBuffer>) {
-        let len_bytes = 0x10000;
-        let file = crate::memory::guest_file(len_bytes);
-        let spec = RegionSpec {
-            guest: GuestAddress(0),
-            frontend: FrontendAddress(0),
-            len_bytes,
-            file_offset_bytes: 0,
-        };
-        let region = Arc::new(Region::map(spec, file.as_fd()).unwrap());
-        let map = Arc::new(MemoryMap::new(vec![region]).unwrap());
-        let all = map.resolve_frontend(FrontendAddress(0), len_bytes).unwrap();
-        let buffers: Vec<HostBuffer> =
-            (0..pieces).map(|piece| all.slice(usize::from(piece) * PIECE, PIECE)).collect();
-        for (number, buffer) in (0..pieces).zip(&buffers) {
-            buffer.write(0, &[number; PIECE]);
-        }
-        (map, buffers)
-    }
 
     #[test]
     fn lists_survive_a_turn_with_more_operations_than_the_ring_has_room_for() {
+        if !engines().contains(&EngineKind::IoUring) {
+            return;
+        }
         let file = tempfile::tempfile().unwrap();
         let mut engine = Uring::new(vec![file.as_raw_fd()]).unwrap();
         let (_map, buffers) = guest(8);

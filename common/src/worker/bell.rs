@@ -134,7 +134,8 @@ mod tests {
     use rustix::pipe::{PipeFlags, pipe, pipe_with};
 
     use super::{Bell, Rung};
-    use crate::engine::{Engine, Event, Subject, Uring, Wait};
+    use crate::engine::tests::engines;
+    use crate::engine::{Engine, EngineKind, Event, Subject, Wait};
 
     const SUBJECT: Subject = Subject::Call { queue: 0 };
 
@@ -151,8 +152,8 @@ mod tests {
         (reader, writer)
     }
 
-    fn bell(fd: OwnedFd) -> (Bell, Uring) {
-        (Bell::new(SUBJECT, Some(Arc::new(fd))), Uring::new(Vec::new()).unwrap())
+    fn bell(fd: OwnedFd, kind: EngineKind) -> (Bell, Box<dyn Engine>) {
+        (Bell::new(SUBJECT, Some(Arc::new(fd))), kind.open(Vec::new()).unwrap())
     }
 
     /// Longer than any write takes: a test that waits that long has failed.
@@ -183,63 +184,73 @@ mod tests {
 
     #[test]
     fn bell_is_heard_at_an_eventfd() {
-        let fd = event();
-        let (mut bell, mut engine) = bell(fd.try_clone().unwrap());
-        for _ in 0..3 {
-            assert_eq!(bell.ring(&mut engine).unwrap(), Rung::Underway);
-            assert_eq!(turn_until_idle(&mut bell, &mut engine), [Rung::Written]);
+        for kind in engines() {
+            let fd = event();
+            let (mut bell, mut engine) = bell(fd.try_clone().unwrap(), kind);
+            for _ in 0..3 {
+                assert_eq!(bell.ring(&mut *engine).unwrap(), Rung::Underway);
+                assert_eq!(turn_until_idle(&mut bell, &mut *engine), [Rung::Written]);
+            }
+            assert_eq!(count(&fd), 3);
         }
-        assert_eq!(count(&fd), 3);
     }
 
     #[test]
     fn blocking_eventfd_is_written_at_once_or_dropped() {
-        let fd = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
-        let (mut bell, mut engine) = bell(fd.try_clone().unwrap());
-        assert_eq!(bell.ring(&mut engine).unwrap(), Rung::Written);
-        assert_eq!(count(&fd), 1);
-        rustix::io::write(&fd, &(u64::MAX - 1).to_ne_bytes()).unwrap();
-        assert_eq!(bell.ring(&mut engine).unwrap(), Rung::Dropped);
-        assert!(bell.is_idle());
+        for kind in engines() {
+            let fd = eventfd(0, EventfdFlags::CLOEXEC).unwrap();
+            let (mut bell, mut engine) = bell(fd.try_clone().unwrap(), kind);
+            assert_eq!(bell.ring(&mut *engine).unwrap(), Rung::Written);
+            assert_eq!(count(&fd), 1);
+            rustix::io::write(&fd, &(u64::MAX - 1).to_ne_bytes()).unwrap();
+            assert_eq!(bell.ring(&mut *engine).unwrap(), Rung::Dropped);
+            assert!(bell.is_idle());
+        }
     }
 
     #[test]
     fn full_blocking_pipe_holds_nobody_up_and_is_rung_when_it_has_room() {
-        let (reader, writer) = full_pipe();
-        let (mut bell, mut engine) = bell(writer);
-        let mut rung = Vec::new();
-        for _ in 0..3 {
-            rung.push(bell.ring(&mut engine).unwrap());
-            assert_eq!(turn(&mut bell, &mut engine, Wait::No), []);
+        for kind in engines() {
+            let (reader, writer) = full_pipe();
+            let (mut bell, mut engine) = bell(writer, kind);
+            let mut rung = Vec::new();
+            for _ in 0..3 {
+                rung.push(bell.ring(&mut *engine).unwrap());
+                assert_eq!(turn(&mut bell, &mut *engine, Wait::No), []);
+            }
+            assert_eq!(rung, [Rung::Underway, Rung::Underway, Rung::Dropped]);
+            while rustix::io::read(&reader, &mut [0; 4096]).is_ok() {}
+            let ended = turn_until_idle(&mut bell, &mut *engine);
+            assert_eq!(ended, [Rung::Written, Rung::Written]);
         }
-        assert_eq!(rung, [Rung::Underway, Rung::Underway, Rung::Dropped]);
-        while rustix::io::read(&reader, &mut [0; 4096]).is_ok() {}
-        let ended = turn_until_idle(&mut bell, &mut engine);
-        assert_eq!(ended, [Rung::Written, Rung::Written]);
     }
 
     #[test]
     fn silenced_bell_ends_its_write() {
-        let (_reader, writer) = full_pipe();
-        let (mut bell, mut engine) = bell(writer);
-        bell.ring(&mut engine).unwrap();
-        bell.ring(&mut engine).unwrap();
-        turn(&mut bell, &mut engine, Wait::No);
-        bell.silence(&mut engine).unwrap();
-        assert_eq!(turn_until_idle(&mut bell, &mut engine), [Rung::Dropped]);
+        for kind in engines() {
+            let (_reader, writer) = full_pipe();
+            let (mut bell, mut engine) = bell(writer, kind);
+            bell.ring(&mut *engine).unwrap();
+            bell.ring(&mut *engine).unwrap();
+            turn(&mut bell, &mut *engine, Wait::No);
+            bell.silence(&mut *engine).unwrap();
+            assert_eq!(turn_until_idle(&mut bell, &mut *engine), [Rung::Dropped]);
+        }
     }
 
     #[test]
     fn other_target_is_rung_in_place_of_a_full_one() {
-        let (_reader, writer) = full_pipe();
-        let (mut bell, mut engine) = bell(writer);
-        bell.ring(&mut engine).unwrap();
-        turn(&mut bell, &mut engine, Wait::No);
-        let other = event();
-        bell.set_target(Some(Arc::new(other.try_clone().unwrap())), &mut engine).unwrap();
-        assert_eq!(bell.ring(&mut engine).unwrap(), Rung::Underway);
-        turn_until_idle(&mut bell, &mut engine);
-        assert_eq!(count(&other), 1);
+        for kind in engines() {
+            let (_reader, writer) = full_pipe();
+            let (mut bell, mut engine) = bell(writer, kind);
+            bell.ring(&mut *engine).unwrap();
+            turn(&mut bell, &mut *engine, Wait::No);
+            let other = event();
+            bell.set_target(Some(Arc::new(other.try_clone().unwrap())), &mut *engine).unwrap();
+            assert_eq!(bell.ring(&mut *engine).unwrap(), Rung::Underway);
+            turn_until_idle(&mut bell, &mut *engine);
+            assert_eq!(count(&other), 1);
+        }
     }
 
     fn count(fd: &OwnedFd) -> u64 {
@@ -254,10 +265,12 @@ mod tests {
 
     #[test]
     fn pipe_whose_reader_is_gone_drops_the_ring() {
-        let (reader, writer) = pipe().unwrap();
-        drop(reader);
-        let (mut bell, mut engine) = bell(writer);
-        bell.ring(&mut engine).unwrap();
-        assert_eq!(turn_until_idle(&mut bell, &mut engine), [Rung::Dropped]);
+        for kind in engines() {
+            let (reader, writer) = pipe().unwrap();
+            drop(reader);
+            let (mut bell, mut engine) = bell(writer, kind);
+            bell.ring(&mut *engine).unwrap();
+            assert_eq!(turn_until_idle(&mut bell, &mut *engine), [Rung::Dropped]);
+        }
     }
 }

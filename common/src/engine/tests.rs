@@ -1,0 +1,322 @@
+//! What [`Engine`] promises, asked of each engine.
+
+use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustix::event::{EventfdFlags, eventfd};
+use rustix::io::Errno;
+
+use super::{Engine, EngineKind, Event, FileIndex, Op, Subject, Token, Wait, Zeroing};
+use crate::memory::{FrontendAddress, GuestAddress, HostBuffer, MemoryMap, Region, RegionSpec};
+use crate::virtqueue::{Buffers, MAX_CHAIN_DESCRIPTORS};
+
+const FILE: FileIndex = FileIndex(0);
+const KICK: Subject = Subject::Kick { queue: 3 };
+/// A test that waits that long has failed.
+const PATIENCE: Wait = Wait::AtMost(Duration::from_secs(30));
+
+/// The engines that this host has.
+pub(crate) fn engines() -> Vec<EngineKind> {
+    match EngineKind::probe_io_uring() {
+        Ok(()) => vec![EngineKind::IoUring, EngineKind::Threads],
+        Err(cause) => {
+            let all = std::env::var_os("REQUIRE_ALL").is_some_and(|value| value == "1");
+            assert!(!all, "REQUIRE_ALL=1, but there is no io_uring: {cause}");
+            eprintln!("not run with io_uring: {cause}");
+            vec![EngineKind::Threads]
+        }
+    }
+}
+
+/// Length of a piece of [`guest`]'s memory.
+pub(super) const PIECE: usize = 512;
+
+/// Guest memory of which each piece is filled with its own number.
+pub(super) fn guest(pieces: u16) -> (Arc<MemoryMap>, Vec<HostBuffer>) {
+    let len_bytes = 0x10_0000;
+    let file = crate::memory::guest_file(len_bytes);
+    let spec = RegionSpec {
+        guest: GuestAddress(0),
+        frontend: FrontendAddress(0),
+        len_bytes,
+        file_offset_bytes: 0,
+    };
+    let region = Arc::new(Region::map(spec, file.as_fd()).unwrap());
+    let map = Arc::new(MemoryMap::new(vec![region]).unwrap());
+    let all = map.resolve_frontend(FrontendAddress(0), len_bytes).unwrap();
+    let buffers: Vec<HostBuffer> =
+        (0..pieces).map(|piece| all.slice(usize::from(piece) * PIECE, PIECE)).collect();
+    for (number, buffer) in (0..pieces).zip(&buffers) {
+        buffer.write(0, &[number as u8; PIECE]);
+    }
+    (map, buffers)
+}
+
+fn event() -> OwnedFd {
+    eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap()
+}
+
+fn kick(fd: &OwnedFd) {
+    rustix::io::write(fd, &1u64.to_ne_bytes()).unwrap();
+}
+
+/// The events up to the `count`th.
+fn events(engine: &mut dyn Engine, count: usize) -> Vec<Event> {
+    let mut events = Vec::new();
+    // A turn may bring nothing; so many in a row that take their time do not.
+    for _ in 0..100 {
+        if events.len() >= count {
+            break;
+        }
+        engine.turn(PATIENCE, &mut events).unwrap();
+    }
+    assert_eq!(events.len(), count, "{events:?}");
+    events
+}
+
+/// Performs one operation.
+fn perform(engine: &mut dyn Engine, op: Op<'_>) -> Result<u32, Errno> {
+    let token = Token { slot: 7, step: 1 };
+    engine.submit(2, token, op).unwrap();
+    let ended = events(engine, 1)[0];
+    assert_eq!(ended.subject, Subject::Operation { queue: 2, token });
+    assert!(!ended.more);
+    ended.outcome()
+}
+
+fn bytes(file: &File) -> Vec<u8> {
+    let mut bytes = vec![0; file.metadata().unwrap().len() as usize];
+    file.read_exact_at(&mut bytes, 0).unwrap();
+    bytes
+}
+
+#[test]
+fn operations_do_what_they_say() {
+    for kind in engines() {
+        let file = tempfile::tempfile().unwrap();
+        let mut engine = kind.open(vec![file.as_raw_fd()]).unwrap();
+        let (_map, memory) = guest(8);
+        for (durable, offset) in [(false, 0), (true, 2 * PIECE as u64)] {
+            let from = Buffers::new(&memory[1..3]);
+            let op = Op::Write { file: FILE, offset, from, durable };
+            assert_eq!(perform(&mut *engine, op), Ok(2 * PIECE as u32), "{kind:?}");
+        }
+        assert_eq!(perform(&mut *engine, Op::Sync { file: FILE }), Ok(0), "{kind:?}");
+        let piece = |number: u8| [number; PIECE];
+        assert_eq!(bytes(&file), [piece(1), piece(2), piece(1), piece(2)].concat(), "{kind:?}");
+        // One buffer, and the part of several that the file has.
+        let into = Buffers::new(&memory[4..5]);
+        let op = Op::Read { file: FILE, offset: PIECE as u64, into };
+        assert_eq!(perform(&mut *engine, op), Ok(PIECE as u32), "{kind:?}");
+        let into = Buffers::new(&memory[5..8]);
+        let op = Op::Read { file: FILE, offset: 3 * PIECE as u64, into };
+        assert_eq!(perform(&mut *engine, op), Ok(PIECE as u32), "{kind:?}");
+        let mut seen = [0; 4 * PIECE];
+        assert_eq!(Buffers::new(&memory[4..8]).read(&mut seen), seen.len());
+        assert_eq!(seen.as_slice(), [piece(2), piece(2), piece(6), piece(7)].concat(), "{kind:?}");
+    }
+}
+
+#[test]
+fn every_kind_of_zeroing_leaves_zeros() {
+    for kind in engines() {
+        for zeroing in [Zeroing::Deallocate, Zeroing::Keep, Zeroing::Write] {
+            let file = tempfile::tempfile().unwrap();
+            file.write_all_at(&[0xee; 4 * PIECE], 0).unwrap();
+            let mut engine = kind.open(vec![file.as_raw_fd()]).unwrap();
+            let (offset, len_bytes) = (PIECE as u64, 2 * PIECE as u64);
+            let result = perform(&mut *engine, Op::Zero { file: FILE, offset, len_bytes, zeroing });
+            if result == Err(Errno::OPNOTSUPP) {
+                eprintln!("not run: the file system of temporary files cannot {zeroing:?}");
+                continue;
+            }
+            result.unwrap();
+            let expected = [[0xee; PIECE], [0; PIECE], [0; PIECE], [0xee; PIECE]].concat();
+            assert_eq!(bytes(&file), expected, "{kind:?}, {zeroing:?}");
+        }
+    }
+}
+
+#[test]
+fn host_error_comes_back_with_its_operation() {
+    for kind in engines() {
+        let null = File::open("/dev/null").unwrap();
+        let mut engine = kind.open(vec![null.as_raw_fd()]).unwrap();
+        let (_map, memory) = guest(1);
+        let from = Buffers::new(&memory);
+        let op = Op::Write { file: FILE, offset: 0, from, durable: false };
+        assert_eq!(perform(&mut *engine, op), Err(Errno::BADF), "{kind:?}");
+    }
+}
+
+#[test]
+fn longest_chain_goes_in_one_operation() {
+    for kind in engines() {
+        let file = tempfile::tempfile().unwrap();
+        let mut engine = kind.open(vec![file.as_raw_fd()]).unwrap();
+        let (_map, memory) = guest(MAX_CHAIN_DESCRIPTORS);
+        let from = Buffers::new(&memory);
+        let op = Op::Write { file: FILE, offset: 0, from, durable: false };
+        assert_eq!(perform(&mut *engine, op), Ok(from.len_bytes() as u32), "{kind:?}");
+        let expected: Vec<u8> =
+            (0..MAX_CHAIN_DESCRIPTORS).flat_map(|number| [number as u8; PIECE]).collect();
+        assert!(bytes(&file) == expected, "{kind:?}");
+    }
+}
+
+#[test]
+fn operation_ends_while_the_worker_looks() {
+    for kind in engines() {
+        let file = tempfile::tempfile().unwrap();
+        let mut engine = kind.open(vec![file.as_raw_fd()]).unwrap();
+        for _ in 0..100 {
+            engine.submit(0, Token { slot: 0, step: 0 }, Op::Sync { file: FILE }).unwrap();
+            engine.send().unwrap();
+            while !engine.has_events() {
+                std::hint::spin_loop();
+            }
+            let mut events = Vec::new();
+            while events.is_empty() {
+                engine.turn(Wait::No, &mut events).unwrap();
+            }
+        }
+    }
+}
+
+#[test]
+fn worker_that_falls_asleep_while_operations_end_is_woken() {
+    for kind in engines() {
+        let file = tempfile::tempfile().unwrap();
+        let mut engine = kind.open(vec![file.as_raw_fd()]).unwrap();
+        for round in 0..5_000 {
+            let count = 1 + round % 3;
+            for step in 0..count {
+                engine.submit(0, Token { slot: 0, step }, Op::Sync { file: FILE }).unwrap();
+            }
+            let ended = events(&mut *engine, usize::from(count));
+            assert!(ended.iter().all(|event| event.outcome() == Ok(0)), "{kind:?}: {ended:?}");
+        }
+    }
+}
+
+#[test]
+fn each_kick_is_seen_and_so_is_one_from_before_the_watch() {
+    for kind in engines() {
+        let mut engine = kind.open(Vec::new()).unwrap();
+        let fd = event();
+        kick(&fd);
+        engine.watch(KICK, &fd).unwrap();
+        for _ in 0..10 {
+            let kicked = events(&mut *engine, 1)[0];
+            assert_eq!((kicked.subject, kicked.more), (KICK, true), "{kind:?}");
+            assert!(kicked.outcome().unwrap() & libc::POLLIN as u32 != 0, "{kind:?}");
+            let mut none = Vec::new();
+            engine.turn(Wait::No, &mut none).unwrap();
+            assert!(none.is_empty(), "{kind:?}: {none:?}");
+            kick(&fd);
+        }
+    }
+}
+
+#[test]
+fn kick_wakes_a_sleeping_worker() {
+    for kind in engines() {
+        let mut engine = kind.open(Vec::new()).unwrap();
+        let fd = event();
+        engine.watch(KICK, &fd).unwrap();
+        std::thread::scope(|scope| {
+            scope.spawn(|| kick(&fd));
+            assert_eq!(events(&mut *engine, 1)[0].subject, KICK, "{kind:?}");
+        });
+    }
+}
+
+#[test]
+fn kick_is_seen_in_spite_of_operations_without_end() {
+    for kind in engines() {
+        let file = tempfile::tempfile().unwrap();
+        let mut engine = kind.open(vec![file.as_raw_fd()]).unwrap();
+        let fd = event();
+        engine.watch(KICK, &fd).unwrap();
+        kick(&fd);
+        let mut seen = false;
+        for _ in 0..1_000 {
+            engine.submit(0, Token { slot: 0, step: 0 }, Op::Sync { file: FILE }).unwrap();
+            engine.send().unwrap();
+            while !engine.has_events() {
+                std::hint::spin_loop();
+            }
+            let mut events = Vec::new();
+            engine.turn(Wait::No, &mut events).unwrap();
+            seen |= events.iter().any(|event| event.subject == KICK);
+        }
+        assert!(seen, "{kind:?}");
+    }
+}
+
+#[test]
+fn kick_is_seen_in_spite_of_looks_that_find_work_elsewhere() {
+    for kind in engines() {
+        let mut engine = kind.open(Vec::new()).unwrap();
+        let fd = event();
+        engine.watch(KICK, &fd).unwrap();
+        engine.send().unwrap();
+        kick(&fd);
+        // A worker that finds chains in a ring turns only when the engine says that it is worth it.
+        let mut seen = Vec::new();
+        for _ in 0..1_000 {
+            engine.send().unwrap();
+            if engine.has_events() {
+                engine.turn(Wait::No, &mut seen).unwrap();
+            }
+        }
+        assert!(seen.iter().any(|event| event.subject == KICK), "{kind:?}");
+    }
+}
+
+#[test]
+fn watch_that_is_called_off_has_a_last_event() {
+    for kind in engines() {
+        let mut engine = kind.open(Vec::new()).unwrap();
+        let fd = event();
+        engine.watch(KICK, &fd).unwrap();
+        engine.turn(Wait::No, &mut Vec::new()).unwrap();
+        engine.call_off(KICK).unwrap();
+        let ended = events(&mut *engine, 2);
+        let of = |subject| ended.iter().find(|event| event.subject == subject).unwrap();
+        let last = of(KICK);
+        assert_eq!((last.outcome(), last.more), (Err(Errno::CANCELED), false), "{kind:?}");
+        assert!(of(Subject::CalledOff { queue: 3 }).outcome().is_ok(), "{kind:?}");
+        // The number of the descriptor may come to mean another one.
+        kick(&fd);
+        let other = event();
+        engine.watch(KICK, &other).unwrap();
+        let mut none = Vec::new();
+        engine.turn(Wait::AtMost(Duration::from_millis(1)), &mut none).unwrap();
+        assert!(none.is_empty(), "{kind:?}: {none:?}");
+    }
+}
+
+#[test]
+fn what_was_never_watched_cannot_be_called_off() {
+    for kind in engines() {
+        let mut engine = kind.open(Vec::new()).unwrap();
+        engine.call_off(KICK).unwrap();
+        let ended = events(&mut *engine, 1)[0];
+        assert_eq!(ended.subject, Subject::CalledOff { queue: 3 }, "{kind:?}");
+        assert_eq!(ended.outcome(), Err(Errno::NOENT), "{kind:?}");
+    }
+}
+
+#[test]
+fn wait_ends_in_time() {
+    for kind in engines() {
+        let mut engine = kind.open(Vec::new()).unwrap();
+        let mut none = Vec::new();
+        engine.turn(Wait::AtMost(Duration::from_micros(300)), &mut none).unwrap();
+        assert!(none.is_empty(), "{kind:?}: {none:?}");
+    }
+}
