@@ -33,7 +33,8 @@ pub(crate) fn stats(subject: &Subject) -> Value {
     stats
 }
 
-fn scrape(subject: &Subject) -> Exposition {
+/// All metrics of our daemon.
+pub(crate) fn scrape(subject: &Subject) -> Exposition {
     let mut stream = connect(subject);
     stream
         .write_all(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")

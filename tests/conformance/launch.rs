@@ -76,12 +76,17 @@ pub(crate) struct Ending {
 
 /// Runs our daemon with `arguments` until it ends.
 pub(crate) fn run(arguments: &[&str]) -> Ending {
-    let mut command = Command::new("timeout");
+    to_its_end(Command::new(program("vhost-blk")).args(arguments))
+}
+
+/// Runs a command line until it ends.
+pub(crate) fn to_its_end(command: &Command) -> Ending {
+    let mut timeout = Command::new("timeout");
     // The daemon that serves where it should have refused must not keep the test waiting for the
     // end of its output.
-    command.arg(LIMIT.as_secs().to_string()).arg(program("vhost-blk")).args(arguments);
+    timeout.arg(LIMIT.as_secs().to_string()).arg(command.get_program()).args(command.get_args());
     let Output { status, stdout, stderr } =
-        command.stdin(Stdio::null()).output().expect("coreutils are there");
+        timeout.stdin(Stdio::null()).output().expect("coreutils are there");
     let [stdout, stderr] = [stdout, stderr].map(|text| String::from_utf8_lossy(&text).into_owned());
     Ending { code: status.code(), stdout, stderr }
 }
@@ -115,6 +120,7 @@ pub(crate) fn with_descriptors(
         .arg(program("vhost-blk"))
         .arg("--blk-file")
         .arg(disk)
+        .args(tests::engine_arguments())
         .args(arguments);
     Process::spawn(command.stdin(third).stdout(fourth)).expect("there is a shell")
 }

@@ -5,6 +5,7 @@
 //!
 //! - [`life`], [`activation`], [`access`], [`image`], [`control`]: the process, its sockets, its
 //!   image and its counters; these are about our own command line.
+//! - [`engine`]: which engine is chosen, on hosts that forbid io_uring, too.
 //! - [`host_limits`]: a host that takes less than it is given, or cannot do what others can.
 //! - [`stability`]: whether data is on storage when the driver may count on it.
 //! - [`negotiation`], [`configuration`], [`memory_table`], [`requests`], [`rings`],
@@ -32,6 +33,7 @@ mod activation;
 mod aftermath;
 mod configuration;
 mod control;
+mod engine;
 mod fairness;
 mod half_messages;
 mod host_limits;

@@ -1,6 +1,6 @@
 //! A small, strict reader of OpenMetrics 1.0 text: what it takes, a scraper takes.
 //!
-//! It knows counters, gauges, histograms and the rules that writers break: every sample under its
+//! It knows counters, gauges, histograms, information and the rules that writers break: every sample under its
 //! family's header, names with the suffix of their type, no series twice, buckets cumulative and
 //! complete, `# EOF` at the end. It knows no timestamps and no exemplars, which our daemons do not
 //! write.
@@ -117,7 +117,7 @@ impl Family {
             return Err(format!("a second {word}"));
         }
         match word {
-            "TYPE" if ["counter", "gauge", "histogram"].contains(&value) => {
+            "TYPE" if ["counter", "gauge", "histogram", "info"].contains(&value) => {
                 self.kind = value.to_owned()
             }
             "UNIT" if self.name.ends_with(&format!("_{value}")) => self.unit = value.to_owned(),
@@ -134,6 +134,7 @@ impl Family {
             "counter" => &["_total", "_created"],
             "gauge" => &[""],
             "histogram" => &["_bucket", "_count", "_sum", "_created"],
+            "info" => &["_info"],
             _ => return Err("a sample of a family without type".into()),
         };
         if !suffixes.contains(&suffix) {
@@ -141,6 +142,9 @@ impl Family {
         }
         if labels.contains_key("le") != (suffix == "_bucket") {
             return Err("a bound where none belongs, or none where one does".into());
+        }
+        if self.kind == "info" && value != 1.0 {
+            return Err(format!("information of the value {value}"));
         }
         if self.kind != "gauge" && (value < 0.0 || !value.is_finite()) {
             return Err(format!("a {} of {value}", self.kind));

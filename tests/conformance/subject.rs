@@ -26,6 +26,10 @@ const COMMAND_VARIABLE: &str = "OUTBOARD_CONFORMANCE_COMMAND";
 pub(crate) const DISK_BYTES: usize = 16 << 20;
 /// The same in sectors.
 pub(crate) const DISK_SECTORS: u64 = (DISK_BYTES / SECTOR_BYTES) as u64;
+/// The most threads that perform the operations of one worker (docs/operating.md, `--aio`).
+const AIO_THREADS_MAX: usize = 16;
+/// Starts a program for which an error takes the place of an io_uring.
+pub(crate) const WITHOUT_IO_URING: &str = env!("CARGO_BIN_EXE_without-io-uring");
 /// Queues that every subject has.
 pub(crate) const QUEUE_COUNT: u16 = 2;
 
@@ -101,6 +105,7 @@ impl Subject {
         let mut shell = Command::new("sh");
         shell.args(["-c", &script]).arg(tests::program("vhost-blk")).arg("--blk-file").arg(&image);
         shell.arg("--socket-path").arg(&socket).arg("--control").arg(&control);
+        shell.args(tests::engine_arguments());
         let log = File::create(log).expect("a file fits in a fresh directory");
         let mut process = launch::Process::spawn(shell.stdin(Stdio::null()).stderr(log))
             .expect("there is a shell");
@@ -108,9 +113,23 @@ impl Subject {
         Subject { process: Process::Another(process), socket, directory }
     }
 
-    /// The log of a daemon that [`Subject::with_file_limit`] has started.
+    /// Our daemon where an io_uring cannot be made, for the reason `error`.
+    pub(crate) fn without_io_uring(error: &str, options: &[&str]) -> Self {
+        let directory = temp_dir();
+        let image = make_disk(directory.path());
+        let socket = image.with_file_name("socket");
+        let launcher = [WITHOUT_IO_URING, error];
+        let daemon = ours(directory.path(), options).through(launcher).start();
+        Subject { process: Process::Ours(daemon), socket, directory }
+    }
+
+    /// What our daemon has logged.
     pub(crate) fn log(&self) -> String {
-        std::fs::read_to_string(self.directory.path().join("log")).expect("the log is a file")
+        match &self.process {
+            Process::Ours(daemon) => daemon.log(),
+            Process::Another(_) => std::fs::read_to_string(self.directory.path().join("log"))
+                .expect("the log is a file"),
+        }
     }
 
     /// The vhost-user socket.
@@ -185,10 +204,18 @@ impl Subject {
     }
 
     /// Entries of a directory of the process in `/proc`: its descriptors (`fd`) or its threads
-    /// (`task`).
+    /// (`task`). Those that perform a worker's operations come and go; there is a limit to them.
     pub(crate) fn count(&self, what: &str) -> usize {
         let directory = format!("/proc/{}/{what}", self.id());
-        std::fs::read_dir(&directory).expect("the process lives").count()
+        let entries = std::fs::read_dir(&directory).expect("the process lives").flatten();
+        if what != "task" {
+            return entries.count();
+        }
+        // A thread that has just ended has no name.
+        let names = entries.flat_map(|task| std::fs::read_to_string(task.path().join("comm")));
+        let (pool, others): (Vec<_>, Vec<_>) = names.partition(|name| name == "aio\n");
+        assert!(pool.len() <= AIO_THREADS_MAX, "{} threads for one worker", pool.len());
+        others.len()
     }
 
     /// A connection that is being served. Tries again when it is turned away: a process that another

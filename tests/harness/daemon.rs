@@ -51,9 +51,17 @@ pub(crate) fn build_directory() -> PathBuf {
     }
 }
 
+/// The engine that daemons under test are to use, where `OUTBOARD_AIO` names one: `--aio` and the
+/// name. Whole suites run on either engine so.
+pub fn engine_arguments() -> Vec<OsString> {
+    let engine = std::env::var_os("OUTBOARD_AIO");
+    engine.into_iter().flat_map(|name| ["--aio".into(), name]).collect()
+}
+
 /// The options of a daemon that is yet to be started.
 #[derive(Debug)]
 pub struct DaemonCommand {
+    launcher: Vec<OsString>,
     program: PathBuf,
     arguments: Vec<OsString>,
     environment: Vec<(OsString, OsString)>,
@@ -69,6 +77,7 @@ impl DaemonCommand {
     /// Any program that takes `--socket-path` and reports readiness by `sd_notify`.
     pub fn new(program: &Path) -> Self {
         Self {
+            launcher: Vec::new(),
             program: program.to_owned(),
             arguments: Vec::new(),
             environment: Vec::new(),
@@ -80,6 +89,14 @@ impl DaemonCommand {
     #[must_use]
     pub fn argument(mut self, argument: impl AsRef<OsStr>) -> Self {
         self.arguments.push(argument.as_ref().to_owned());
+        self
+    }
+
+    /// Has the daemon started by a program that becomes it: `launcher` is that program and its
+    /// arguments, which the daemon's command line follows.
+    #[must_use]
+    pub fn through(mut self, launcher: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Self {
+        self.launcher = launcher.into_iter().map(|word| word.as_ref().to_owned()).collect();
         self
     }
 
@@ -108,9 +125,13 @@ impl DaemonCommand {
         let notify = UnixDatagram::bind(&notify_path).expect("a socket fits in a fresh directory");
         let log =
             File::create(directory.path().join("log")).expect("a file fits in a fresh directory");
-        let child = Command::new(&self.program)
+        let has_engine = self.arguments.iter().any(|argument| argument == "--aio");
+        let mut words = self.launcher.into_iter().chain([self.program.clone().into_os_string()]);
+        let child = Command::new(words.next().unwrap_or_default())
+            .args(words)
             .arg("--socket-path")
             .arg(&socket)
+            .args(if has_engine { Vec::new() } else { engine_arguments() })
             .args(&self.arguments)
             .envs(self.environment)
             .env("NOTIFY_SOCKET", &notify_path)

@@ -15,7 +15,7 @@ mod requirement;
 mod rig;
 mod user_mode_linux;
 
-pub use daemon::{Daemon, DaemonCommand, program};
+pub use daemon::{Daemon, DaemonCommand, engine_arguments, program};
 pub use deadline::wait_for_exit;
 pub use disk_image::DiskImage;
 pub use initrd::Initrd;

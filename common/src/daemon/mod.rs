@@ -2,11 +2,12 @@
 //!
 //! A daemon's `main` parses its options, and gives [`serve::run`] a closure that opens its device.
 //! Everything else is here, once for all devices: sockets and who may reach them ([`listener`]),
-//! one front end after another ([`serve`], [`front_end`]), the operator's questions ([`control`]),
-//! the service manager ([`notify`]) and the log ([`log`]).
+//! one front end after another ([`serve`], [`front_end`]), the engine that workers get ([`aio`]), the
+//! operator's questions ([`control`]), the service manager ([`notify`]) and the log ([`log`]).
 //!
 //! All of it runs on the main thread, on one `tokio` runtime, and never touches a running ring.
 
+pub mod aio;
 pub mod capabilities;
 pub mod control;
 mod front_end;

@@ -13,6 +13,8 @@ use clap::{Args, ValueEnum};
 use rustix::fs::{Gid, Mode};
 use thiserror::Error;
 
+use super::aio::Aio;
+
 /// The most worker threads that `--threads` accepts: more than any machine gains from one device's
 /// queues, and few enough that their stacks and rings are no burden when somebody mistypes.
 pub const MAX_THREADS: u16 = 64;
@@ -65,6 +67,15 @@ pub struct DaemonOptions {
         value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_THREADS))
     )]
     pub threads: u16,
+
+    /// How files are read and written.
+    ///
+    /// io_uring is faster and uses less CPU; leave it to the default to use it wherever it works.
+    /// Choose `threads` on a host where io_uring is forbidden for good, so that the log does not
+    /// mention it at each start, or to rule it out as the cause of a problem. Choose `io_uring`
+    /// where a slower disk is worse than one that does not start.
+    #[arg(long, value_name = "ENGINE", default_value = "auto")]
+    pub aio: Aio,
 
     /// Least severe messages to log on stderr.
     #[arg(long, value_name = "LEVEL", default_value = "info")]
@@ -125,7 +136,7 @@ fn parse_group(text: &str) -> Result<Gid, ValueError> {
 mod tests {
     use clap::{CommandFactory, Parser};
 
-    use super::{DaemonOptions, LogLevel, MAX_THREADS};
+    use super::{Aio, DaemonOptions, LogLevel, MAX_THREADS};
 
     #[derive(Debug, Parser)]
     struct Program {
@@ -155,6 +166,7 @@ mod tests {
         assert_eq!((options.socket_path, options.fd, options.control), (None, None, None));
         assert_eq!((options.socket_group, options.print_capabilities), (None, false));
         assert_eq!((options.threads, options.log_level), (1, LogLevel::Info));
+        assert_eq!(options.aio, Aio::Auto);
     }
 
     #[test]
@@ -203,6 +215,13 @@ mod tests {
                 .to_string()
                 .contains(&format!("from 1 to {most}"))
         );
+    }
+
+    #[test]
+    fn aio_is_one_of_three_words() {
+        assert_eq!(parse(&["--aio", "io_uring"]).unwrap().aio, Aio::IoUring);
+        assert_eq!(parse(&["--aio", "threads"]).unwrap().aio, Aio::Threads);
+        assert!(refusal(&["--aio", "native"]).contains("auto, io_uring, threads"));
     }
 
     #[test]

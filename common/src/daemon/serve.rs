@@ -17,15 +17,15 @@ use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};
 use tracing::{error, info, warn};
 
+use super::aio;
 use super::control::{self, Answers, Command, Reply};
 use super::front_end::{End, FrontEnd};
 use super::listener::{self, Endpoint, Sockets};
 use super::log::{self, RateLimit};
 use super::{DaemonOptions, notify};
 use crate::device::Device;
-use crate::engine::EngineKind;
 use crate::memory::sigbus;
-use crate::metrics::Metrics;
+use crate::metrics::{Identity, Metrics};
 use crate::worker::{WorkerEvent, Workers};
 
 /// How long requests in flight may take to end after a termination signal. The service manager and
@@ -82,9 +82,10 @@ fn start<D: Device, E: Error + 'static>(
         Signals::new()?
     };
     let device = Arc::new(open()?);
-    let metrics = Arc::new(Metrics::new(D::NAME, D::KINDS, device.queue_count()));
-    let (workers, events) =
-        Workers::start(Arc::clone(&device), EngineKind::IoUring, options.threads, &metrics)?;
+    let engine = aio::choose(options.aio)?;
+    let identity = Identity { device: D::NAME, engine: engine.name() };
+    let metrics = Arc::new(Metrics::new(identity, D::KINDS, device.queue_count()));
+    let (workers, events) = Workers::start(Arc::clone(&device), engine, options.threads, &metrics)?;
     let sockets = claimed.listen()?;
     let gate = RateLimit::new(LOG_LINES, LOG_INTERVAL);
     let daemon = Daemon { device, workers, events, metrics, gate };

@@ -147,12 +147,13 @@ const QUANTILES: [(&str, u16); 5] =
     [("p50", 500), ("p90", 900), ("p99", 990), ("p999", 999), ("max", 1000)];
 
 impl Metrics {
-    /// All counters as the value of the `stats` reply: `{device, daemon: {…}, queues: [{…, kinds:
-    /// {name: {…}}}]}`, counts since the process started, latencies in nanoseconds.
+    /// All counters as the value of the `stats` reply: `{device, engine, daemon: {…}, queues:
+    /// [{…, kinds: {name: {…}}}]}`, counts since the process started, latencies in nanoseconds.
     pub fn to_json(&self) -> Value {
         let queues: Vec<Value> = self.queues.iter().map(|queue| self.queue_json(queue)).collect();
         json!({
-            "device": self.device,
+            "device": self.identity.device,
+            "engine": self.identity.engine,
             "daemon": counters_json(DAEMON_COUNTERS, &self.daemon),
             "queues": queues,
         })
@@ -174,7 +175,10 @@ impl Metrics {
     /// All counters as OpenMetrics 1.0.0 text, `# EOF` included.
     pub fn to_openmetrics(&self) -> String {
         let mut text = Text(String::new());
-        let device = format!("device=\"{}\"", self.device);
+        let device = format!("device=\"{}\"", self.identity.device);
+        text.family("outboard_daemon", "info", None, "What serves the device.");
+        let engine = self.identity.engine;
+        text.line(format_args!("outboard_daemon_info{{{device},engine=\"{engine}\"}} 1"));
         for definition in DAEMON_COUNTERS {
             text.counter_family(definition);
             text.counter(definition, &device, &self.daemon);
@@ -273,11 +277,12 @@ mod tests {
 
     use serde_json::json;
 
-    use super::super::Metrics;
+    use super::super::{Identity, Metrics};
     use super::{DAEMON_COUNTERS, KIND_COUNTERS, KIND_LATENCY, QUEUE_COUNTERS};
 
     fn sample() -> Metrics {
-        let metrics = Metrics::new("block", &["read", "write"], 2);
+        let metrics =
+            Metrics::new(Identity { device: "block", engine: "threads" }, &["read", "write"], 2);
         metrics.daemon.sessions.add(3);
         metrics.queues[1].kicks.add(7);
         metrics.queues[1].broken.add(1);
@@ -292,7 +297,7 @@ mod tests {
     #[test]
     fn json_holds_every_counter_of_its_queue_and_kind() {
         let stats = sample().to_json();
-        assert_eq!(stats["device"], "block");
+        assert_eq!((&stats["device"], &stats["engine"]), (&json!("block"), &json!("threads")));
         assert_eq!(
             stats["daemon"],
             json!({"sessions": 3, "refused_front_ends": 0, "protocol_errors": 0, "broken_sessions": 0})
@@ -320,6 +325,8 @@ mod tests {
     fn openmetrics_has_a_sample_per_label_set_and_ends_with_eof() {
         let text = sample().to_openmetrics();
         for line in [
+            "# TYPE outboard_daemon info",
+            "outboard_daemon_info{device=\"block\",engine=\"threads\"} 1",
             "# TYPE outboard_sessions counter",
             "outboard_sessions_total{device=\"block\"} 3",
             "outboard_kicks_total{device=\"block\",queue=\"1\"} 7",

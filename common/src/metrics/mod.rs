@@ -82,11 +82,21 @@ pub struct DaemonMetrics {
     pub broken_sessions: Counter,
 }
 
+/// What does not change while a daemon lives; plain words (letters, digits, `_`, `-`), for they are
+/// exported as label values without escaping.
+#[derive(Clone, Copy, Debug)]
+pub struct Identity {
+    /// The kind of device, `block` for one.
+    pub device: &'static str,
+    /// The engine that executes its I/O.
+    pub engine: &'static str,
+}
+
 /// All counters of a daemon.
 #[derive(Debug)]
 pub struct Metrics {
-    /// The device's name as exported, `block` for one.
-    pub device: &'static str,
+    /// Whose counters they are.
+    pub identity: Identity,
     kind_names: &'static [&'static str],
     /// The daemon's own counters.
     pub daemon: DaemonMetrics,
@@ -95,14 +105,9 @@ pub struct Metrics {
 }
 
 impl Metrics {
-    /// Counters at zero for a device with `queue_count` queues and the given request kinds. Names
-    /// must be plain words (letters, digits, `_`, `-`): they are exported as label values without
-    /// escaping.
-    pub fn new(
-        device: &'static str,
-        kind_names: &'static [&'static str],
-        queue_count: u16,
-    ) -> Self {
+    /// Counters at zero for a device with `queue_count` queues and the given request kinds, whose
+    /// names must be plain words as well.
+    pub fn new(identity: Identity, kind_names: &'static [&'static str], queue_count: u16) -> Self {
         let plain = |name: &&str| {
             !name.is_empty()
                 && name
@@ -110,18 +115,18 @@ impl Metrics {
                     .all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'-'))
         };
         assert!(
-            plain(&device) && kind_names.iter().all(plain),
-            "device and kind names are plain words"
+            plain(&identity.device) && plain(&identity.engine) && kind_names.iter().all(plain),
+            "names of device, engine and kinds are plain words"
         );
         let queues =
             (0..queue_count).map(|_| Arc::new(QueueMetrics::new(kind_names.len()))).collect();
-        Self { device, kind_names, daemon: DaemonMetrics::default(), queues }
+        Self { identity, kind_names, daemon: DaemonMetrics::default(), queues }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::{KindMetrics, Metrics, QueueMetrics};
+    use super::{Identity, KindMetrics, Metrics, QueueMetrics};
 
     #[test]
     fn queues_and_kinds_do_not_share_cache_lines() {
@@ -131,7 +136,8 @@ mod tests {
 
     #[test]
     fn each_queue_has_every_kind() {
-        let metrics = Metrics::new("block", &["read", "write"], 3);
+        let metrics =
+            Metrics::new(Identity { device: "block", engine: "threads" }, &["read", "write"], 3);
         assert_eq!(metrics.queues.len(), 3);
         assert!(metrics.queues.iter().all(|queue| queue.kinds.len() == 2));
     }
