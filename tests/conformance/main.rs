@@ -35,6 +35,7 @@ mod configuration;
 mod control;
 mod engine;
 mod fairness;
+mod growth;
 mod half_messages;
 mod host_limits;
 mod hostile_descriptors;
