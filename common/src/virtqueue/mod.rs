@@ -16,6 +16,7 @@ mod split;
 
 use std::sync::Arc;
 
+use self::chain::Extent;
 use self::slots::Slots;
 use self::split::SplitRing;
 use crate::memory::{AccessError, FrontendAddress, GuestAddress, MemoryMap};
@@ -138,6 +139,20 @@ impl Virtqueue {
         }
         let position = self.ring.next_available();
         let Some(head) = self.ring.take()? else { return Ok(None) };
+        let extent = match self.walk(head) {
+            Ok(extent) => extent,
+            Err(fault) => {
+                // What is no chain was not popped: the chain before it stays the newest.
+                self.ring.put_back();
+                return Err(fault);
+            }
+        };
+        self.slots.open(head, position, extent, now_ns);
+        Ok(Some(Chain::new(head)))
+    }
+
+    /// Fills the slot of `head` with the chain's buffers.
+    fn walk(&mut self, head: u16) -> Result<Extent, RingError> {
         let (buffers, memory) = self.slots.vacant(head).ok_or(RingError::HeadInUse { head })?;
         let place = chain::Walk {
             table: self.ring.descriptors(),
@@ -146,9 +161,7 @@ impl Virtqueue {
             memory,
             region_hint: &mut self.region_hint,
         };
-        let extent = chain::walk(place, head, buffers)?;
-        self.slots.open(head, position, extent, now_ns);
-        Ok(Some(Chain::new(head)))
+        chain::walk(place, head, buffers)
     }
 
     /// The chain's device-readable bytes.

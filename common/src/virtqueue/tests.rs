@@ -168,13 +168,18 @@ fn available_index_that_jumps_is_refused() {
 
 #[test]
 fn head_outside_the_table_or_offered_twice_is_refused() {
-    let (_, mut driver) = machine();
-    let mut queue = queue(&driver, 0);
-    driver.describe(1, (DATA, 1), 0, 0);
-    let chain = pop(&mut driver, &mut queue, 1).expect("good").expect("a chain");
-    assert!(matches!(pop(&mut driver, &mut queue, 1), Err(RingError::HeadInUse { head: 1 })));
-    assert!(matches!(pop(&mut driver, &mut queue, SIZE), Err(RingError::Head { head: SIZE, .. })));
-    queue.used(chain, 0);
+    for (second, refused) in [
+        (1, (|error| matches!(error, RingError::HeadInUse { head: 1 })) as fn(&RingError) -> bool),
+        (SIZE, |error| matches!(error, RingError::Head { head: SIZE, .. })),
+    ] {
+        let (_guest, mut driver) = machine();
+        let mut queue = queue(&driver, 0);
+        driver.describe(1, (DATA, 1), 0, 0);
+        let chain = pop(&mut driver, &mut queue, 1).expect("good").expect("a chain");
+        let error = pop(&mut driver, &mut queue, second).expect_err("a wrong head");
+        assert!(refused(&error), "{error:?}");
+        queue.used(chain, 0);
+    }
 }
 
 #[test]
@@ -210,6 +215,22 @@ fn retracted_chains_are_popped_again_in_their_order() {
         let chain = queue.pop(0).expect("good").expect("a chain");
         assert_eq!(chain.slot(), expected);
         queue.used(chain, 0);
+    }
+}
+
+#[test]
+fn chain_before_one_that_is_wrong_can_be_retracted() {
+    // The same head again; a buffer of no bytes; a head outside the table.
+    for wrong in [0, 1, SIZE] {
+        let (_guest, mut driver) = machine();
+        let mut queue = queue(&driver, 0);
+        driver.describe(0, (DATA, 1), 0, 0);
+        let chain = pop(&mut driver, &mut queue, 0).expect("good").expect("a chain");
+        pop(&mut driver, &mut queue, wrong).expect_err("wrong");
+        queue.break_off();
+        assert_eq!((queue.next_available(), queue.chains_out()), (1, 1));
+        queue.retract(chain);
+        assert_eq!((queue.next_available(), queue.chains_out()), (0, 0));
     }
 }
 

@@ -18,7 +18,7 @@ use super::{Command, EVENT_BACKLOG, RingStart, Worker, WorkerEvent};
 use crate::device::Device;
 use crate::engine::{Engine, Event, Subject, Wait};
 use crate::memory::MemoryMap;
-use crate::metrics::Metrics;
+use crate::metrics::{Identity, Metrics};
 
 /// What a worker does after a turn.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,7 +45,8 @@ impl<D: Device> ManualWorker<D> {
         let mailbox = Arc::new(Mailbox::new()?);
         let mut worker = Worker::new(engine, device.queue_count(), mailbox, events);
         worker.engine.watch(Subject::Mail, worker.mailbox.bell())?;
-        let metrics = Metrics::new(D::NAME, D::KINDS, device.queue_count());
+        let identity = Identity { device: D::NAME, engine: "simulated" };
+        let metrics = Metrics::new(identity, D::KINDS, device.queue_count());
         Ok(Self { worker, device, metrics, told, arrived: Vec::new() })
     }
 
