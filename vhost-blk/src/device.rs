@@ -437,3 +437,6 @@ fn answer(chain: Chain, status: Status, moved: Moved, io: &mut QueueIo<'_>) {
     let account = Account { kind: moved.kind as usize, bytes, failed };
     io.finish(chain, u32::try_from(written).unwrap_or(u32::MAX), account);
 }
+
+#[cfg(test)]
+mod simulation;

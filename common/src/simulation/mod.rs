@@ -18,7 +18,7 @@ mod stage;
 pub use self::driver::{Buffer, Driver, Layout, Used};
 pub use self::guest::Guest;
 pub use self::kernel::{Kernel, Operation, Work};
-pub use self::random::{Random, cases, seeds};
+pub use self::random::{Random, cases, chosen_seed, each_seed};
 pub use self::stage::Stage;
 
 #[cfg(test)]

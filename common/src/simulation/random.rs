@@ -50,13 +50,35 @@ pub fn cases(usual: u64) -> u64 {
     number("OUTBOARD_SIMULATION_CASES").unwrap_or(usual)
 }
 
-/// The seeds of a test that usually runs those below `usual`: as many as [`cases`] says, or the one
-/// that `OUTBOARD_SIMULATION_SEED` names, to see again what has failed.
+/// Runs a test with each seed below `usual`: as many as [`cases`] says, or the one that
+/// `OUTBOARD_SIMULATION_SEED` names, to see again what has failed. A failure names its seed.
+///
+/// # Panics
+/// The variable is not a number.
+pub fn each_seed(usual: u64, mut run: impl FnMut(u64)) {
+    for seed in chosen_seed().map_or_else(|| 0..cases(usual), |seed| seed..seed + 1) {
+        let _named = Named(seed);
+        run(seed);
+    }
+}
+
+/// The seed that `OUTBOARD_SIMULATION_SEED` names.
 ///
 /// # Panics
 /// It is not a number.
-pub fn seeds(usual: u64) -> Range<u64> {
-    number("OUTBOARD_SIMULATION_SEED").map_or_else(|| 0..cases(usual), |seed| seed..seed + 1)
+pub fn chosen_seed() -> Option<u64> {
+    number("OUTBOARD_SIMULATION_SEED")
+}
+
+/// Tells its seed when a test fails.
+struct Named(u64);
+
+impl Drop for Named {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("to see this again: OUTBOARD_SIMULATION_SEED={}", self.0);
+        }
+    }
 }
 
 fn number(variable: &str) -> Option<u64> {

@@ -3,7 +3,7 @@
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
-use super::{Driver, Guest, Layout, Random, Stage, seeds};
+use super::{Driver, Guest, Layout, Random, Stage, each_seed};
 use crate::device::{Account, Device, DeviceQueue, QueueIo};
 use crate::engine::{Completion, FileIndex, Op};
 use crate::virtqueue::{Chain, VIRTIO_F_EVENT_IDX, VIRTIO_F_INDIRECT_DESC};
@@ -209,8 +209,7 @@ impl Sleeper {
 
 #[test]
 fn nobody_sleeps_while_work_waits_and_a_drained_ring_goes_on_at_its_base() {
-    for seed in seeds(400) {
-        eprintln!("OUTBOARD_SIMULATION_SEED={seed}");
+    each_seed(400, |seed| {
         let mut play = Play::new(seed);
         for _ in 0..play.random.within(10..300) {
             play.step();
@@ -220,7 +219,7 @@ fn nobody_sleeps_while_work_waits_and_a_drained_ring_goes_on_at_its_base() {
             play.stage.metrics().queues.iter().map(|queue| queue.kinds[0].requests.get()).sum();
         let sent: u64 = play.sleepers.iter().map(|sleeper| sleeper.waits_for).sum();
         assert_eq!(counted, sent);
-    }
+    });
 }
 
 #[test]

@@ -1,0 +1,128 @@
+//! The device against a guest, an engine and a disk that do whatever the specifications allow them.
+//!
+//! The parts: [`request`] is what a guest sends and how the answer must look, [`storage`] a disk whose
+//! cache forgets, [`ledger`] what the guest may expect of it, [`world`] all of them together and what
+//! happens to them. What they do not do: threads, a kernel, a clock; the worker and the ring are the
+//! real ones (`common::simulation`).
+
+mod ledger;
+mod request;
+mod storage;
+mod world;
+
+use common::simulation::each_seed;
+use rustix::io::Errno;
+
+use self::storage::SECTOR;
+use self::world::{Fate, Luck, World};
+use super::BlockDevice;
+use crate::config::{QueueLimits, VIRTIO_BLK_F_FLUSH};
+use crate::disk::{Disk, DiskSpec, OpenOptions};
+
+/// Few, so that requests meet.
+const DISK_SECTORS: usize = 24;
+
+/// What is promised about a power cut.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Mode {
+    /// The driver flushes: what was answered before a flush was sent that is answered.
+    WriteBack,
+    /// The driver does not: what was answered.
+    WriteThrough,
+}
+
+const MODES: [Mode; 2] = [Mode::WriteBack, Mode::WriteThrough];
+
+impl Mode {
+    /// What the driver acknowledges.
+    fn features(self) -> u64 {
+        match self {
+            Self::WriteBack => VIRTIO_BLK_F_FLUSH,
+            Self::WriteThrough => 0,
+        }
+    }
+
+    /// Whether a flush promises what was answered before it.
+    fn promises_flushed(self) -> bool {
+        true
+    }
+
+    /// Whether each answer is a promise.
+    fn promises_answered(self) -> bool {
+        self == Self::WriteThrough
+    }
+}
+
+/// A device over a file that nobody reads or writes: the simulated disk takes its place.
+fn device(queue_count: u16) -> BlockDevice {
+    let file = tempfile::NamedTempFile::new().expect("a file");
+    file.as_file().set_len((DISK_SECTORS * SECTOR) as u64).expect("its length");
+    let options = OpenOptions { read_only: false, lock: false };
+    let disk = Disk::open(&DiskSpec::File(file.path().to_owned()), options).expect("a disk");
+    let serial = "simulated disk".parse().expect("a serial number");
+    BlockDevice::new(disk, serial, QueueLimits { count: queue_count, size_max: 16 })
+}
+
+fn any_mode(seed: u64) -> Mode {
+    MODES[seed as usize % MODES.len()]
+}
+
+#[test]
+fn each_request_is_answered_once_and_reads_what_may_be_there() {
+    each_seed(300, |seed| {
+        let mut world = World::new(seed, any_mode(seed), Luck::Any(6));
+        for _ in 0..world.random.within(20..600) {
+            world.step();
+        }
+        world.settle();
+    });
+}
+
+#[test]
+fn power_cut_at_any_point_leaves_what_was_promised() {
+    each_seed(150, |seed| {
+        let mut world = World::new(seed, any_mode(seed), Luck::Any(20));
+        for _ in 0..4 {
+            for _ in 0..world.random.within(1..200) {
+                world.step();
+                world.check_power_cut();
+            }
+            world = world.cut_power();
+        }
+        world.settle();
+    });
+}
+
+/// Runs a program with the first operation ending so, then the second, until all succeed. `each` sees
+/// how many requests failed.
+fn fail_each_operation(seed: u64, fate: Fate, each: impl Fn(u64)) {
+    let mut number = 0;
+    loop {
+        let mut world = World::new(seed, any_mode(seed), Luck::But(number, fate));
+        for _ in 0..150 {
+            world.step();
+        }
+        world.settle();
+        if number >= world.submitted() {
+            assert_eq!(world.answers.failed, 0);
+            break;
+        }
+        each(world.answers.failed);
+        number += 1;
+    }
+}
+
+#[test]
+fn failed_operation_fails_its_request_and_no_other() {
+    each_seed(8, |seed| {
+        fail_each_operation(seed, Fate::Failed(Errno::IO), |failed| assert_eq!(failed, 1));
+    });
+}
+
+#[test]
+fn interrupted_or_short_operation_fails_nothing() {
+    each_seed(4, |seed| {
+        fail_each_operation(seed, Fate::Interrupted, |failed| assert_eq!(failed, 0));
+        fail_each_operation(seed, Fate::Short, |failed| assert_eq!(failed, 0));
+    });
+}

@@ -1,0 +1,268 @@
+//! A request as a guest makes it: what it asks for, how its bytes lie in memory, and what the answer
+//! must be.
+//!
+//! Contract: a request has a place in memory for itself, filled with a pattern, in which its buffers
+//! lie cut into pieces of any length with gaps between them; an answer may change what is
+//! device-writable there and nothing else.
+
+use common::simulation::{Buffer, Guest, Random};
+
+use super::ledger::Mark;
+use super::storage::SECTOR;
+
+/// Bytes of memory for one request.
+pub(super) const PLACE_BYTES: u64 = 0x4000;
+/// Most sectors of one transfer, of which a place has room for their pieces.
+const SECTORS_MAX: u64 = 8;
+/// Most pieces of a readable or writable part.
+const PIECES_MAX: u64 = 5;
+
+const OK: u8 = 0;
+const IO_ERROR: u8 = 1;
+const UNSUPPORTED: u8 = 2;
+
+/// A range of sectors.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Span {
+    pub(super) first: usize,
+    pub(super) count: usize,
+}
+
+impl Span {
+    fn any(disk_sectors: usize, random: &mut Random) -> Self {
+        let count = random.within(0..SECTORS_MAX + 1) as usize;
+        Self { first: random.index(disk_sectors - count + 1), count }
+    }
+
+    pub(super) fn sectors(self) -> std::ops::Range<usize> {
+        self.first..self.first + self.count
+    }
+}
+
+/// What a request asks for.
+#[derive(Clone, Debug)]
+pub(super) enum Ask {
+    Read(Span),
+    Write(Span, Mark),
+    Flush,
+    Discard(Vec<Span>),
+    /// Each with whether it may be unmapped.
+    WriteZeroes(Vec<(Span, bool)>),
+    GetId,
+    /// Something that is refused with this status.
+    Refused(u8),
+}
+
+/// The bytes of a request, before they are laid out.
+struct Message {
+    sent: Vec<u8>,
+    room_bytes: usize,
+}
+
+/// A request in a guest's memory.
+#[derive(Debug)]
+pub(super) struct GuestRequest {
+    pub(super) ask: Ask,
+    /// Where its memory is.
+    pub(super) place: u64,
+    readable: Vec<Buffer>,
+    writable: Vec<Buffer>,
+    /// The place's bytes as the device found them.
+    before: Vec<u8>,
+    /// When it was made.
+    pub(super) began: u64,
+    /// One of its operations failed.
+    pub(super) failed: bool,
+    /// Bytes that its operations have read.
+    pub(super) moved: usize,
+}
+
+/// An answer, taken apart.
+pub(super) struct Answer {
+    pub(super) status: u8,
+    /// What lies before the status.
+    pub(super) data: Vec<u8>,
+}
+
+fn header(kind: u32, sector: u64) -> Vec<u8> {
+    let mut bytes = kind.to_le_bytes().to_vec();
+    bytes.extend([0; 4]);
+    bytes.extend(sector.to_le_bytes());
+    bytes
+}
+
+fn segments(spans: impl Iterator<Item = (Span, u32)>) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    for (span, flags) in spans {
+        bytes.extend((span.first as u64).to_le_bytes());
+        bytes.extend((span.count as u32).to_le_bytes());
+        bytes.extend(flags.to_le_bytes());
+    }
+    bytes
+}
+
+impl Ask {
+    /// Any request to a disk of this length; writes leave pattern `number`.
+    pub(super) fn any(number: u32, disk_sectors: usize, random: &mut Random) -> Self {
+        let span = Span::any(disk_sectors, random);
+        let spans = |random: &mut Random| -> Vec<Span> {
+            (0..random.within(1..4)).map(|_| Span::any(disk_sectors, random)).collect()
+        };
+        match random.within(0..24) {
+            0..8 => Self::Write(span, Mark::Pattern(number)),
+            8..15 => Self::Read(span),
+            15..19 => Self::Flush,
+            19 => Self::Discard(spans(random)),
+            20 | 21 => Self::WriteZeroes(
+                spans(random).into_iter().map(|span| (span, random.once_in(2))).collect(),
+            ),
+            22 => Self::GetId,
+            _ => Self::Refused(0),
+        }
+    }
+
+    fn message(&mut self, disk_sectors: usize, random: &mut Random) -> Message {
+        // VIRTIO 1.3, 5.2.6: the last writable byte is the status, whatever lies before it.
+        let mut room_bytes = if random.once_in(4) { random.within(1..6) as usize } else { 1 };
+        let sent = match self {
+            Self::Read(span) => {
+                room_bytes = span.count * SECTOR + 1;
+                header(0, span.first as u64)
+            }
+            Self::Write(span, mark) => {
+                let mut bytes = header(1, span.first as u64);
+                span.sectors().for_each(|sector| bytes.extend(mark.content(sector)));
+                bytes
+            }
+            Self::Flush => header(4, random.pick(&[0, u64::MAX])),
+            Self::Discard(spans) => {
+                let segments = segments(spans.iter().map(|span| (*span, 0)));
+                [header(11, 0), segments].concat()
+            }
+            Self::WriteZeroes(spans) => {
+                let segments = spans.iter().map(|(span, unmap)| (*span, u32::from(*unmap)));
+                [header(13, 0), self::segments(segments)].concat()
+            }
+            Self::GetId => {
+                room_bytes = random.pick(&[21, 21, 30]);
+                header(8, 0)
+            }
+            Self::Refused(status) => {
+                let message = refused(disk_sectors as u64, random);
+                *status = message.1;
+                room_bytes = message.2;
+                message.0
+            }
+        };
+        Message { sent, room_bytes }
+    }
+}
+
+/// A request that cannot be served: its bytes, the status that says so, and its writable bytes.
+fn refused(disk_sectors: u64, random: &mut Random) -> (Vec<u8>, u8, usize) {
+    let far = random.pick(&[disk_sectors, disk_sectors + 7, u64::MAX, u64::MAX / 512]);
+    let one = |first: u64, count: u32, flags: u32| {
+        let mut bytes = first.to_le_bytes().to_vec();
+        bytes.extend(count.to_le_bytes());
+        bytes.extend(flags.to_le_bytes());
+        bytes
+    };
+    let data = vec![0xdd; SECTOR];
+    match random.within(0..12) {
+        0 => (header(0, far), IO_ERROR, SECTOR + 1),
+        1 => (header(0, 0), IO_ERROR, SECTOR),
+        2 => ([header(1, far), data].concat(), IO_ERROR, 1),
+        3 => ([header(1, 0), data[1..].to_vec()].concat(), IO_ERROR, 1),
+        4 => (header(random.pick(&[2, 3, 5, 99, 1 << 31]), 0), UNSUPPORTED, 1),
+        5 => ([header(11, 0), one(0, 1, 1)].concat(), UNSUPPORTED, 1),
+        6 => ([header(13, 0), one(0, 1, 2)].concat(), UNSUPPORTED, 1),
+        7 => ([header(13, 0), one(0, 1, 0)[1..].to_vec()].concat(), IO_ERROR, 1),
+        8 => ([header(13, 0), one(0, 1, 0), one(far, 1, 0)].concat(), IO_ERROR, 1),
+        9 => (header(11, 0), IO_ERROR, 1),
+        10 => (header(8, 0), IO_ERROR, 20),
+        _ => (header(0, 0)[1..].to_vec(), IO_ERROR, 1),
+    }
+}
+
+impl GuestRequest {
+    /// Writes a request into its place.
+    pub(super) fn lay_out(
+        mut ask: Ask,
+        place: u64,
+        disk_sectors: usize,
+        (guest, random): (&Guest, &mut Random),
+    ) -> Self {
+        let Message { sent, room_bytes } = ask.message(disk_sectors, random);
+        guest.write(place, &vec![random.number() as u8 | 1; PLACE_BYTES as usize]);
+        let mut at = place;
+        let readable = pieces(sent.len(), &mut at, random);
+        let writable = pieces(room_bytes, &mut at, random);
+        assert!(at <= place + PLACE_BYTES, "a place has room for its pieces");
+        let mut rest = sent.as_slice();
+        for (at, len_bytes) in &readable {
+            let (piece, later) = rest.split_at(*len_bytes as usize);
+            guest.write(*at, piece);
+            rest = later;
+        }
+        let before = guest.read(place, PLACE_BYTES as usize);
+        Self { ask, place, readable, writable, before, began: 0, failed: false, moved: 0 }
+    }
+
+    /// Its buffers, readable and writable.
+    pub(super) fn buffers(&self) -> (&[Buffer], &[Buffer]) {
+        (&self.readable, &self.writable)
+    }
+
+    /// Takes an answer apart: nothing but writable bytes has changed, and the status and length are
+    /// what they must be.
+    pub(super) fn answer(&self, written_bytes: u32, guest: &Guest) -> Answer {
+        let after = guest.read(self.place, PLACE_BYTES as usize);
+        let mut data = Vec::new();
+        let mut untouched = self.before.clone();
+        for (at, len_bytes) in &self.writable {
+            let from = (at - self.place) as usize;
+            let range = from..from + *len_bytes as usize;
+            data.extend_from_slice(&after[range.clone()]);
+            untouched[range.clone()].copy_from_slice(&after[range]);
+        }
+        assert!(untouched == after, "bytes changed that are not device-writable: {self:?}");
+        let status = data.pop().expect("every request has room for its status");
+        assert_eq!(status, self.status(), "the status of {self:?}");
+        assert_eq!(written_bytes as usize, self.written(data.len()), "the length of {self:?}");
+        Answer { status, data }
+    }
+
+    fn status(&self) -> u8 {
+        match self.ask {
+            Ask::Refused(status) => status,
+            _ if self.failed => IO_ERROR,
+            _ => OK,
+        }
+    }
+
+    /// Bytes that the device wrote from the first writable one on, where `room_bytes` lie before the
+    /// status.
+    fn written(&self, room_bytes: usize) -> usize {
+        let filled = match self.ask {
+            Ask::Read(_) => self.moved,
+            Ask::GetId => 20,
+            _ => 0,
+        };
+        if filled == room_bytes { room_bytes + 1 } else { filled }
+    }
+}
+
+/// Cuts bytes into pieces with gaps between them, from `at` on.
+fn pieces(len_bytes: usize, at: &mut u64, random: &mut Random) -> Vec<Buffer> {
+    let mut left = len_bytes as u64;
+    let mut pieces = Vec::new();
+    while left > 0 {
+        *at += random.pick(&[1, 3, 16, 100]);
+        let is_last = pieces.len() as u64 + 1 == PIECES_MAX || random.once_in(3);
+        let piece = if is_last { left } else { random.within(1..left + 1) };
+        pieces.push((*at, piece as u32));
+        *at += piece;
+        left -= piece;
+    }
+    pieces
+}

@@ -1,0 +1,145 @@
+//! A disk with a cache that forgets.
+//!
+//! Contract: what an operation has written is seen by all that come later, but a power cut may undo
+//! it, sector by sector and each on its own, until it is stable. Stable is what a durable write has
+//! written when it ends, and what had ended when a sync was submitted that has ended. Of versions that
+//! are not, a cut leaves any.
+
+use crate::disk::SECTOR_BYTES;
+
+/// Bytes of a sector.
+pub(super) const SECTOR: usize = SECTOR_BYTES as usize;
+
+/// What a sector holds.
+pub(super) type Content = [u8; SECTOR];
+
+/// See the module's head.
+pub(super) struct Storage {
+    sectors: Vec<Vec<Version>>,
+}
+
+/// What was once in a sector. The first of its versions is stable, the last is what is read.
+struct Version {
+    content: Content,
+    /// The operation that made it.
+    by: u64,
+    /// When that ended.
+    ended: Option<u64>,
+}
+
+impl Storage {
+    /// A disk whose sectors hold this, and it is stable.
+    pub(super) fn new(contents: impl Iterator<Item = Content>) -> Self {
+        let version = |content| vec![Version { content, by: u64::MAX, ended: Some(0) }];
+        Self { sectors: contents.map(version).collect() }
+    }
+
+    /// What is read at a byte offset, cut at the end of the disk.
+    pub(super) fn read(&self, offset: u64, len_bytes: usize) -> Vec<u8> {
+        let (mut at, mut bytes) = (offset as usize, Vec::with_capacity(len_bytes));
+        while bytes.len() < len_bytes
+            && let Some(sector) = self.sectors.get(at / SECTOR)
+        {
+            let content = &sector[sector.len() - 1].content;
+            let step = (SECTOR - at % SECTOR).min(len_bytes - bytes.len());
+            bytes.extend_from_slice(&content[at % SECTOR..][..step]);
+            at += step;
+        }
+        bytes
+    }
+
+    /// Operation `by` writes bytes at an offset.
+    pub(super) fn write(&mut self, by: u64, offset: u64, bytes: &[u8]) {
+        let (mut at, mut rest) = (offset as usize, bytes);
+        while !rest.is_empty() {
+            let sector = &mut self.sectors[at / SECTOR];
+            let mut content = sector[sector.len() - 1].content;
+            let (now, later) = rest.split_at((SECTOR - at % SECTOR).min(rest.len()));
+            content[at % SECTOR..][..now.len()].copy_from_slice(now);
+            sector.push(Version { content, by, ended: None });
+            at += now.len();
+            rest = later;
+        }
+    }
+
+    /// Operation `by` has ended at `now`; what it wrote is stable if it was `durable`.
+    pub(super) fn ended(&mut self, by: u64, now: u64, durable: bool) {
+        for sector in &mut self.sectors {
+            for version in sector.iter_mut().filter(|version| version.by == by) {
+                version.ended = Some(now);
+            }
+            if durable {
+                settle(sector, |version| version.by == by);
+            }
+        }
+    }
+
+    /// A sync that was submitted at `submitted` has ended.
+    pub(super) fn synced(&mut self, submitted: u64) {
+        for sector in &mut self.sectors {
+            settle(sector, |version| version.ended.is_some_and(|ended| ended <= submitted));
+        }
+    }
+
+    /// Number of sectors.
+    pub(super) fn len(&self) -> usize {
+        self.sectors.len()
+    }
+
+    /// What a power cut may leave in a sector.
+    pub(super) fn survivors(&self, sector: usize) -> impl Iterator<Item = &Content> {
+        self.sectors[sector].iter().map(|version| &version.content)
+    }
+}
+
+/// Forgets what came before the last version that `is_stable`.
+fn settle(sector: &mut Vec<Version>, is_stable: impl Fn(&Version) -> bool) {
+    if let Some(last) = sector.iter().rposition(is_stable) {
+        sector.drain(..last);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{SECTOR, Storage};
+
+    fn storage() -> Storage {
+        Storage::new([[0; SECTOR]; 3].into_iter())
+    }
+
+    fn survivors(storage: &Storage, sector: usize) -> Vec<u8> {
+        storage.survivors(sector).map(|content| content[0]).collect()
+    }
+
+    #[test]
+    fn unflushed_sectors_may_go_each_on_its_own() {
+        let mut storage = storage();
+        storage.write(1, 0, &[1; 2 * SECTOR]);
+        storage.write(2, SECTOR as u64, &[2; SECTOR]);
+        assert_eq!(storage.read(SECTOR as u64 - 1, 2), [1, 2]);
+        assert_eq!(survivors(&storage, 0), [0, 1]);
+        assert_eq!(survivors(&storage, 1), [0, 1, 2]);
+    }
+
+    #[test]
+    fn sync_holds_what_had_ended_before_it_and_no_more() {
+        let mut storage = storage();
+        for (by, sector) in [(1, 0), (2, 1), (3, 1)] {
+            storage.write(by, sector * SECTOR as u64, &[by as u8; SECTOR]);
+        }
+        storage.ended(1, 5, false);
+        storage.ended(3, 7, false);
+        storage.synced(6);
+        assert_eq!(survivors(&storage, 0), [1]);
+        assert_eq!(survivors(&storage, 1), [0, 2, 3]);
+    }
+
+    #[test]
+    fn durable_write_is_stable_when_it_ends() {
+        let mut storage = storage();
+        storage.write(1, 0, &[1; SECTOR]);
+        storage.write(2, 0, &[2; SECTOR]);
+        storage.ended(1, 5, true);
+        assert_eq!(survivors(&storage, 0), [1, 2]);
+    }
+}

@@ -1,0 +1,551 @@
+//! A guest with some rings, a device, and a disk below it, all in one thread and by one seed.
+//!
+//! Contract: [`World::step`] lets one thing happen: requests are sent, the worker turns, an operation
+//! reaches the disk or ends, a ring stops or goes on, the guest looks. What the guest sees is checked
+//! against its [`Ledger`] as soon as it can see it, and so is what a power cut would leave.
+//! [`World::settle`] lets everything end: who is not answered then never will be.
+
+use std::collections::BTreeMap;
+use std::fmt::Debug;
+use std::sync::Arc;
+
+use common::engine::Zeroing;
+use common::simulation::{Driver, Guest, Layout, Operation, Random, Stage, Work, chosen_seed};
+use common::virtqueue::{VIRTIO_F_EVENT_IDX, VIRTIO_F_INDIRECT_DESC};
+use rustix::io::Errno;
+
+use super::ledger::{Ledger, Mark};
+use super::request::{Answer, Ask, GuestRequest, PLACE_BYTES};
+use super::storage::{Content, SECTOR, Storage};
+use super::{DISK_SECTORS, Mode, device};
+use crate::device::BlockDevice;
+
+/// Rings, of 4, 8 and 16 entries.
+const RINGS: u16 = 3;
+/// Memory that a ring has for itself, with its requests.
+const RING_BYTES: u64 = 0x10_0000;
+/// Where the indirect tables of a ring begin, its requests' places after them.
+const TABLES: u64 = 0x4000;
+const PLACES: u64 = 0x8000;
+
+/// What becomes of operations.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Luck {
+    /// Anything: they end short, are interrupted, fail, each once in this many times.
+    Any(u64),
+    /// They succeed, but for this one, which ends so.
+    But(u64, Fate),
+}
+
+/// How an operation ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Fate {
+    Whole,
+    Short,
+    Nothing,
+    Interrupted,
+    Failed(Errno),
+}
+
+/// How far an operation is.
+struct Progress {
+    submitted: u64,
+    /// It has reached the disk: how it will end, and what it has read.
+    done: Option<(Result<u32, Errno>, Vec<u8>)>,
+}
+
+struct Ring {
+    driver: Driver,
+    running: bool,
+    /// The available index at which the device began.
+    first: u16,
+    answered: u16,
+    /// By head.
+    requests: BTreeMap<u16, GuestRequest>,
+    /// Places in memory that no request has.
+    places: Vec<u64>,
+    /// The calls that the driver has heard.
+    heard: u64,
+    /// The driver looks only when it is called.
+    asleep: bool,
+}
+
+/// See the module's head.
+pub(super) struct World {
+    pub(super) random: Random,
+    stage: Stage<BlockDevice>,
+    guest: Arc<Guest>,
+    rings: Vec<Ring>,
+    storage: Storage,
+    ledger: Ledger,
+    operations: BTreeMap<u64, Progress>,
+    mode: Mode,
+    luck: Luck,
+    /// What the host can do besides reading and writing.
+    can: HostCan,
+    now: u64,
+    /// The number of the next pattern.
+    patterns: u32,
+    pub(super) answers: Answers,
+    is_told: bool,
+}
+
+/// What the file system below can do.
+#[derive(Clone, Copy, Debug)]
+struct HostCan {
+    punch: bool,
+    zero_range: bool,
+}
+
+/// What has been answered so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Answers {
+    pub(super) all: u64,
+    pub(super) failed: u64,
+    /// By the device itself, without an operation that failed.
+    pub(super) refused: u64,
+}
+
+impl World {
+    pub(super) fn new(seed: u64, mode: Mode, luck: Luck) -> Self {
+        let blank = || (0..DISK_SECTORS).map(|sector| Mark::Pattern(0).content(sector));
+        Self::over(Random::new(seed), mode, luck, blank().collect())
+    }
+
+    /// A machine that starts with this on its disk.
+    fn over(mut random: Random, mode: Mode, luck: Luck, contents: Vec<Content>) -> Self {
+        let ring_memory: Vec<(u64, u64)> =
+            (0..u64::from(RINGS)).map(|index| (index * RING_BYTES, RING_BYTES)).collect();
+        let guest = Arc::new(Guest::new(&ring_memory));
+        let mut stage = Stage::new(Arc::new(device(RINGS)), random.number());
+        let mut rings = Vec::new();
+        for index in 0..RINGS {
+            let at = u64::from(index) * RING_BYTES;
+            let size = 4 << index;
+            let layout =
+                Layout { size, descriptors: at, available: at + 0x1000, used: at + 0x2000 };
+            let event_idx = random.pick(&[0, VIRTIO_F_EVENT_IDX]);
+            let features = mode.features() | VIRTIO_F_INDIRECT_DESC | event_idx;
+            let mut driver = Driver::new(Arc::clone(&guest), layout, features);
+            let first = random.pick(&[0, u16::MAX - 5]);
+            driver.start_at(first);
+            stage.start(index, driver.setup(first)).expect("a ring");
+            rings.push(Ring {
+                driver,
+                running: true,
+                first,
+                answered: 0,
+                requests: BTreeMap::new(),
+                places: (0..u64::from(size)).map(|n| at + PLACES + n * PLACE_BYTES).collect(),
+                heard: 0,
+                asleep: false,
+            });
+        }
+        let can = HostCan { punch: random.once_in(2), zero_range: random.once_in(2) };
+        let (storage, ledger) =
+            (Storage::new(contents.iter().copied()), Ledger::new(contents.into_iter()));
+        Self {
+            random,
+            stage,
+            guest,
+            rings,
+            storage,
+            ledger,
+            operations: BTreeMap::new(),
+            mode,
+            luck,
+            can,
+            now: 1,
+            patterns: 1,
+            answers: Answers::default(),
+            is_told: chosen_seed().is_some(),
+        }
+    }
+
+    fn tell(&self, what: &str, of: &dyn Debug) {
+        if self.is_told {
+            eprintln!("{:6} {what} {of:?}", self.now);
+        }
+    }
+
+    /// One thing happens.
+    pub(super) fn step(&mut self) {
+        self.now += 1;
+        let index = self.random.index(self.rings.len());
+        match self.random.within(0..20) {
+            0..4 => self.send(index),
+            4..9 => drop(self.turn()),
+            9..13 => drop(self.reach_disk()),
+            13..17 => drop(self.end_one()),
+            17 | 18 => drop(self.look(index)),
+            _ if self.random.once_in(4) && self.rings[index].running => {
+                self.tell("stop", &index);
+                self.stage.stop(index as u16);
+                self.rings[index].running = false;
+            }
+            _ => drop(self.restart(index)),
+        }
+    }
+
+    /// The driver of a ring makes requests, and kicks if it is to.
+    fn send(&mut self, index: usize) {
+        let ring = &mut self.rings[index];
+        for _ in 0..self.random.within(1..4) {
+            let Some(place) = ring.places.pop() else { break };
+            let ask = Ask::any(self.patterns, DISK_SECTORS, &mut self.random);
+            self.patterns += 1;
+            let parts = (&*self.guest, &mut self.random);
+            let mut request = GuestRequest::lay_out(ask, place, DISK_SECTORS, parts);
+            request.began = self.now;
+            let number = (place - PLACES) % RING_BYTES / PLACE_BYTES;
+            let table = index as u64 * RING_BYTES + TABLES + 0x100 * number;
+            let table = self.random.once_in(2).then_some(table);
+            let head = ring.driver.add(request.buffers(), table, &mut self.random);
+            let Some(head) = head else {
+                ring.places.push(place);
+                break;
+            };
+            let id = request_id(&request);
+            for (sectors, mark) in writes(&request.ask) {
+                self.ledger.begin(id, mark, sectors, self.now);
+            }
+            ring.requests.insert(head, request);
+        }
+        let kick = ring.driver.publish();
+        if kick || self.random.once_in(16) {
+            self.stage.kernel().kick(index as u16);
+        }
+        self.tell("sent", &(index, kick, &self.rings[index].requests.keys()));
+    }
+
+    /// The worker turns; false if it sleeps.
+    pub(super) fn turn(&mut self) -> bool {
+        if !self.stage.turn() {
+            return false;
+        }
+        self.now += 1;
+        for operation in self.stage.kernel().held() {
+            let submitted = self.now;
+            let progress = || Progress { submitted, done: None };
+            self.operations.entry(operation.number).or_insert_with(progress);
+        }
+        (0..self.rings.len()).for_each(|index| self.observe(index));
+        true
+    }
+
+    /// What the guest can see of a ring is checked, whether it looks or not.
+    fn observe(&mut self, index: usize) {
+        for used in self.rings[index].driver.take_used() {
+            let ring = &mut self.rings[index];
+            let request = ring.requests.remove(&used.head).expect("the driver's books");
+            ring.answered = ring.answered.wrapping_add(1);
+            ring.places.push(request.place);
+            self.tell("answered", &(index, used, request.failed, &request.ask));
+            let answer = request.answer(used.written_bytes, &self.guest);
+            self.judge(&request, answer);
+            self.now += 1;
+        }
+    }
+
+    fn judge(&mut self, request: &GuestRequest, answer: Answer) {
+        let done = answer.status == 0;
+        self.answers.all += 1;
+        self.answers.failed += u64::from(request.failed);
+        self.answers.refused += u64::from(!done && !request.failed);
+        match &request.ask {
+            Ask::Read(span) if done => {
+                for (sector, found) in span.sectors().zip(answer.data.chunks(SECTOR)) {
+                    let may = self.ledger.may_read(sector, found, request.began);
+                    assert!(may, "sector {sector} reads as {:x?}: {request:?}", &found[..16]);
+                }
+            }
+            Ask::GetId => assert_eq!(&answer.data[..20], b"simulated disk\0\0\0\0\0\0"),
+            Ask::Flush if done && self.mode.promises_flushed() => {
+                self.ledger.promise(request.began);
+            }
+            _ => {}
+        }
+        let is_hint = matches!(request.ask, Ask::Discard(_));
+        let promised = self.mode.promises_answered();
+        self.ledger.answer(request_id(request), done && !is_hint, promised, self.now);
+        if done && !matches!(request.ask, Ask::Read(_)) {
+            self.check_power_cut();
+        }
+    }
+
+    /// Whatever a power cut at this moment left would be what was promised.
+    pub(super) fn check_power_cut(&self) {
+        for sector in 0..self.storage.len() {
+            for content in self.storage.survivors(sector) {
+                assert!(
+                    self.ledger.may_survive(sector, content),
+                    "a power cut would leave sector {sector} as {:x?}",
+                    &content[..16]
+                );
+            }
+        }
+    }
+
+    /// A held operation does its work; false if there is none that has not.
+    fn reach_disk(&mut self) -> bool {
+        let waiting: Vec<Operation> = self.stage.kernel().held();
+        let waiting: Vec<&Operation> = waiting
+            .iter()
+            .filter(|operation| {
+                self.operations.get(&operation.number).is_some_and(|known| known.done.is_none())
+            })
+            .collect();
+        if waiting.is_empty() {
+            return false;
+        }
+        let operation = waiting[self.random.index(waiting.len())];
+        let fate = self.fate(operation);
+        let done = self.execute(operation, fate);
+        self.tell("reached", &(operation.number, operation.queue, operation.work, &done.0));
+        let known = self.operations.get_mut(&operation.number).expect("known");
+        known.done = Some(done);
+        true
+    }
+
+    fn fate(&mut self, operation: &Operation) -> Fate {
+        match self.luck {
+            Luck::But(number, fate) if number == operation.number => fate,
+            Luck::But(..) => Fate::Whole,
+            Luck::Any(rarely) if self.random.once_in(rarely) => self.random.pick(&[
+                Fate::Short,
+                Fate::Short,
+                Fate::Short,
+                Fate::Nothing,
+                Fate::Interrupted,
+                Fate::Failed(Errno::IO),
+                Fate::Failed(Errno::NOSPC),
+            ]),
+            Luck::Any(_) => Fate::Whole,
+        }
+    }
+
+    /// What an operation does to the disk: its result, and what it has read.
+    fn execute(&mut self, operation: &Operation, fate: Fate) -> (Result<u32, Errno>, Vec<u8>) {
+        let number = operation.number;
+        match (operation.work, fate) {
+            (_, Fate::Interrupted) => (Err(Errno::INTR), Vec::new()),
+            (Work::Read { offset }, fate) => {
+                let len_bytes = self.part(operation.len_bytes(), fate);
+                let bytes = self.storage.read(offset, len_bytes);
+                (fate.result(bytes.len()), bytes)
+            }
+            (Work::Write { offset, .. }, fate) => {
+                let bytes = operation.bytes();
+                let len_bytes = self.part(bytes.len(), fate);
+                self.storage.write(number, offset, &bytes[..len_bytes]);
+                (fate.result(len_bytes), Vec::new())
+            }
+            (Work::Zero { offset, len_bytes, zeroing: Zeroing::Write }, fate) => {
+                let len_bytes = self.part(len_bytes as usize, fate);
+                self.storage.write(number, offset, &vec![0; len_bytes]);
+                (fate.result(len_bytes), Vec::new())
+            }
+            (Work::Sync | Work::Zero { .. }, Fate::Failed(errno)) => (Err(errno), Vec::new()),
+            (Work::Zero { zeroing, .. }, _) if !self.can.zero(zeroing) => {
+                (Err(Errno::OPNOTSUPP), Vec::new())
+            }
+            (Work::Zero { offset, len_bytes, .. }, _) => {
+                self.storage.write(number, offset, &vec![0; len_bytes as usize]);
+                (Ok(0), Vec::new())
+            }
+            (Work::Sync, _) => (Ok(0), Vec::new()),
+        }
+    }
+
+    /// How much of a transfer is made.
+    fn part(&mut self, len_bytes: usize, fate: Fate) -> usize {
+        match fate {
+            Fate::Whole => len_bytes,
+            Fate::Nothing | Fate::Interrupted => 0,
+            Fate::Short if len_bytes < 2 => len_bytes,
+            Fate::Short if self.random.once_in(2) => {
+                (self.random.index(len_bytes) / SECTOR * SECTOR).clamp(1, len_bytes - 1)
+            }
+            // Of what failed a part may have been done too.
+            Fate::Short | Fate::Failed(_) => 1.max(self.random.index(len_bytes.max(1))),
+        }
+        .min(len_bytes)
+    }
+
+    /// An operation that has done its work ends; false if there is none.
+    fn end_one(&mut self) -> bool {
+        let held = self.stage.kernel().held();
+        let ready: Vec<&Operation> = held
+            .iter()
+            .filter(|operation| {
+                self.operations.get(&operation.number).is_some_and(|known| known.done.is_some())
+            })
+            .collect();
+        if ready.is_empty() {
+            return false;
+        }
+        let operation = ready[self.random.index(ready.len())];
+        let known = self.operations.remove(&operation.number).expect("known");
+        let Some((result, read)) = known.done else { unreachable!("it is ready") };
+        self.now += 1;
+        operation.fill(&read);
+        match operation.work {
+            Work::Sync if result.is_ok() => self.storage.synced(known.submitted),
+            Work::Write { durable, .. } if result.is_ok() => {
+                self.storage.ended(operation.number, self.now, durable);
+            }
+            Work::Zero { .. } if result.is_ok() => {
+                self.storage.ended(operation.number, self.now, false);
+            }
+            _ => {}
+        }
+        self.blame(operation, result);
+        self.tell("ended", &(operation.number, result));
+        self.stage.kernel().end(operation.number, result);
+        true
+    }
+
+    /// Notes what an operation's end means for its request.
+    fn blame(&mut self, operation: &Operation, result: Result<u32, Errno>) {
+        let ring = &mut self.rings[usize::from(operation.queue)];
+        let request = ring.requests.get_mut(&operation.slot);
+        let request = request.expect("an operation serves a request that the device has");
+        let moves = matches!(
+            operation.work,
+            Work::Read { .. } | Work::Write { .. } | Work::Zero { zeroing: Zeroing::Write, .. }
+        );
+        let unsupported = matches!(operation.work, Work::Zero { .. });
+        match result {
+            Ok(0) if moves => request.failed = true,
+            Ok(bytes) if matches!(operation.work, Work::Read { .. }) => {
+                request.moved += bytes as usize;
+            }
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(Errno::OPNOTSUPP) if unsupported => {}
+            Err(_) => request.failed = true,
+        }
+    }
+
+    /// The driver of a ring looks what has come, if it is awake or was called, and goes to sleep;
+    /// true when it was called.
+    fn look(&mut self, index: usize) -> bool {
+        let calls = self.stage.kernel().calls(index as u16);
+        let ring = &mut self.rings[index];
+        let called = calls != ring.heard;
+        if ring.asleep && !called {
+            return false;
+        }
+        ring.heard = calls;
+        ring.asleep = ring.driver.want_call();
+        assert!(ring.asleep, "what was used has been taken");
+        if self.random.once_in(4) {
+            ring.driver.want_no_call();
+            ring.asleep = false;
+        }
+        called
+    }
+
+    /// A ring that has stopped goes on from its base; true when it does.
+    fn restart(&mut self, index: usize) -> bool {
+        let Some(base) = self.stage.stopped(index as u16) else { return false };
+        self.observe(index);
+        let ring = &mut self.rings[index];
+        let taken = base.wrapping_sub(ring.first);
+        assert_eq!(taken, ring.answered, "what lies before the base {base} was answered, no more");
+        let held = self.stage.kernel().held();
+        let none = held.iter().all(|operation| usize::from(operation.queue) != index);
+        assert!(none, "a ring that has stopped has no operations");
+        self.tell("restart", &(index, base));
+        let ring = &mut self.rings[index];
+        self.stage.start(index as u16, ring.driver.setup(base)).expect("a ring");
+        ring.running = true;
+        true
+    }
+
+    /// Lets everything that is under way end. Nobody kicks: what was made available is served.
+    pub(super) fn settle(&mut self) {
+        loop {
+            let mut goes_on = self.turn();
+            while self.reach_disk() || self.end_one() {
+                goes_on = true;
+            }
+            for index in 0..self.rings.len() {
+                goes_on |= self.look(index) || self.restart(index);
+            }
+            if !goes_on {
+                break;
+            }
+        }
+        for (index, ring) in self.rings.iter().enumerate() {
+            let asleep = ring.requests.values().next();
+            assert!(asleep.is_none(), "ring {index} sleeps over {asleep:?}");
+        }
+        assert_eq!(self.counted(), self.answers);
+        self.check_power_cut();
+    }
+
+    /// What the metrics say.
+    fn counted(&self) -> Answers {
+        let kinds = || self.stage.metrics().queues.iter().flat_map(|queue| &queue.kinds);
+        let all = kinds().map(|kind| kind.requests.get()).sum();
+        let errors: u64 = kinds().map(|kind| kind.errors.get()).sum();
+        let failed = self.answers.failed;
+        Answers { all, failed, refused: errors - failed }
+    }
+
+    /// The operations that have been submitted.
+    pub(super) fn submitted(&self) -> u64 {
+        self.stage.kernel().submitted()
+    }
+
+    /// The power fails; the machine starts again with what the disk has kept.
+    pub(super) fn cut_power(mut self) -> Self {
+        self.tell("power cut", &self.answers);
+        self.check_power_cut();
+        let mut contents = Vec::new();
+        for sector in 0..self.storage.len() {
+            let left: Vec<Content> = self.storage.survivors(sector).copied().collect();
+            contents.push(left[self.random.index(left.len())]);
+        }
+        let (random, mode, luck) = (self.random.clone(), self.mode, self.luck);
+        // What the old machine would still do is done for nobody.
+        self.settle();
+        Self::over(random, mode, luck, contents)
+    }
+}
+
+impl HostCan {
+    fn zero(self, zeroing: Zeroing) -> bool {
+        match zeroing {
+            Zeroing::Deallocate => self.punch,
+            Zeroing::Keep => self.zero_range,
+            Zeroing::Write => true,
+        }
+    }
+}
+
+impl Fate {
+    fn result(self, len_bytes: usize) -> Result<u32, Errno> {
+        match self {
+            Self::Failed(errno) => Err(errno),
+            _ => Ok(len_bytes as u32),
+        }
+    }
+}
+
+/// A number that no two requests of a run have: their places and their times differ.
+fn request_id(request: &GuestRequest) -> u64 {
+    request.began << 24 | request.place
+}
+
+/// What a request writes, if it is done.
+fn writes(ask: &Ask) -> Vec<(std::ops::Range<usize>, Mark)> {
+    match ask {
+        Ask::Write(span, mark) => vec![(span.sectors(), *mark)],
+        Ask::Discard(spans) => spans.iter().map(|span| (span.sectors(), Mark::Zeros)).collect(),
+        Ask::WriteZeroes(spans) => {
+            spans.iter().map(|(span, _)| (span.sectors(), Mark::Zeros)).collect()
+        }
+        _ => Vec::new(),
+    }
+}
