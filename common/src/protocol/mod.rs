@@ -28,6 +28,8 @@ mod message;
 pub mod table;
 
 pub use backend::BackendChannel;
+#[cfg(feature = "fuzzing")]
+pub use connection::parse;
 pub use connection::{Connection, ReceiveError};
 pub use features::{ProtocolFeatures, VHOST_USER_F_PROTOCOL_FEATURES};
 pub use message::{MAX_PAYLOAD_BYTES, Message, Payload, Refusal};

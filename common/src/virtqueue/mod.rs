@@ -10,6 +10,8 @@
 //! the same verbs (take, put back, push used, publish, wants call, request kick). What it never
 //! sees: a file, nor the descriptors by which the two sides wake each other.
 
+#[cfg(feature = "fuzzing")]
+pub mod by_hand;
 mod chain;
 mod slots;
 mod split;
