@@ -1,19 +1,20 @@
 # What one does with this project. `make help` lists it; docs/testing.md tells what the suites are.
 
-TARGET := $(or $(CARGO_TARGET_DIR),target)
+PRODUCTS := $(or $(CARGO_TARGET_DIR),target)
 
 .PHONY: help
 help:
 	@echo 'make run        boot a Linux guest whose root disk is served by vhost-blk, and get its console'
 	@echo 'make test-fast  unit tests, conformance, an independent front end, User-Mode Linux guests'
 	@echo 'make test       everything that a change must pass'
+	@echo 'make fuzz       fuzz each target for 20 s (TIME=seconds, TARGET=one of them)'
 	@echo 'make bench      measure against other back ends'
 	@echo 'make rig        fetch what guests are made of (the others do this by themselves)'
 
 .PHONY: run
 run: rig
 	cargo build --release -p vhost-blk
-	@tests/rig/run $(TARGET)/release/vhost-blk
+	@tests/rig/run $(PRODUCTS)/release/vhost-blk
 
 .PHONY: test
 test:
@@ -22,6 +23,11 @@ test:
 .PHONY: test-fast
 test-fast:
 	@tests/rig/suites fast
+
+# The targets: message, connection, session, ring, control (fuzz/src/lib.rs).
+.PHONY: fuzz
+fuzz:
+	@TIME='$(TIME)' fuzz/run $(TARGET)
 
 .PHONY: bench
 bench: rig
