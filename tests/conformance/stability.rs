@@ -15,6 +15,8 @@ use std::process::Command;
 
 /// A directory that outlives a reboot, and so is on storage, where `/tmp` may be in memory.
 const ON_STORAGE: &str = "/var/tmp";
+/// Offset of the byte `writeback` in the configuration space.
+const WRITEBACK: u32 = 32;
 /// Sectors between two writes: far more than a file system looks ahead.
 const STEP_SECTORS: u64 = 2048;
 
@@ -79,4 +81,21 @@ fn driver_without_flush_has_every_write_on_storage() {
     let segment = Segment { sector: 10 * STEP_SECTORS, count: 16, flags: 0 };
     must(&mut driver, &Request::over_segments(VIRTIO_BLK_T_WRITE_ZEROES, &[segment]));
     assert_eq!(waits(&subject.image()), Some(false), "zeroes were answered too early");
+}
+
+#[test]
+fn driver_that_switches_to_write_through_has_every_write_on_storage() {
+    // VIRTIO 1.3, 5.2.6.2: `writeback` is 0 from the submission of a write to its completion.
+    let Some(subject) = subject_on_storage() else { return };
+    let mut driver = subject.driver(&Options::default());
+    let writeback = |driver: &BlockDriver| driver.config().expect("it can be read").writeback();
+    assert_eq!(writeback(&driver), 1, "the cache is write-back by default");
+    driver.guest.front_end.set_config(WRITEBACK, &[0]).expect("the driver may switch");
+    assert_eq!(writeback(&driver), 0);
+    for number in 5..9 {
+        write_to_hole(&mut driver, number);
+        assert_eq!(waits(&subject.image()), Some(false), "write {number} was answered too early");
+    }
+    driver.guest.front_end.set_config(WRITEBACK, &[1]).expect("the driver may switch back");
+    assert_eq!(writeback(&driver), 1);
 }
