@@ -12,8 +12,9 @@ use frontend::guest::{MemoryBy, Options};
 use frontend::memory::{GuestMemory, Shape};
 use frontend::message::{
     HEADER_BYTES, TABLE, VHOST_USER_GET_FEATURES, VHOST_USER_NEED_REPLY_MASK,
-    VHOST_USER_SET_FEATURES, VHOST_USER_SET_MEM_TABLE, VHOST_USER_SET_VRING_CALL,
-    VHOST_USER_SET_VRING_ERR, VHOST_USER_SET_VRING_KICK, VHOST_USER_VERSION, header, memory_table,
+    VHOST_USER_SET_FEATURES, VHOST_USER_SET_MEM_TABLE, VHOST_USER_SET_OWNER,
+    VHOST_USER_SET_VRING_CALL, VHOST_USER_SET_VRING_ERR, VHOST_USER_SET_VRING_KICK,
+    VHOST_USER_VERSION, header, memory_table,
 };
 use frontend::notifier::Notifier;
 use frontend::wire::PATIENCE;
@@ -210,7 +211,7 @@ fn refusals_within_one_session() {
         let size = front_end.set_vring_num(0, 3);
         let region = front_end.add_mem_reg(&memory.description(), memory.file());
         let many = vec![memory.file(); 31];
-        let surplus = (VHOST_USER_GET_FEATURES, VHOST_USER_NEED_REPLY_MASK);
+        let surplus = (VHOST_USER_SET_OWNER, VHOST_USER_NEED_REPLY_MASK);
         let surplus = reaction(front_end.wire(), surplus, &[], &many);
         assert!(
             size.is_err() && region.is_err() && surplus == Reaction::Refused,
