@@ -7,7 +7,10 @@
 //!   image and its counters; these are about our own command line.
 //! - [`engine`]: which engine is chosen, on hosts that forbid io_uring, too.
 //! - [`host_limits`]: a host that takes less than it is given, or cannot do what others can.
-//! - [`stability`]: whether data is on storage when the driver may count on it.
+//! - [`stability`]: whether data is on storage when the driver may count on it; [`cache`]: what the
+//!   driver is told of that, and may switch.
+//! - [`direct`], [`block_devices`]: what direct I/O and devices with large blocks cannot take as it
+//!   comes, with [`scattered`] data.
 //! - [`negotiation`], [`configuration`], [`memory_table`], [`requests`], [`rings`],
 //!   [`fairness`], [`notification`]: what a well-behaved front end and driver may rely on.
 //! - [`acknowledgement`]: duties of the specifications that no driver would notice soon if they were
@@ -31,9 +34,12 @@ mod access;
 mod acknowledgement;
 mod activation;
 mod aftermath;
+mod block_devices;
+mod cache;
 mod configuration;
 mod control;
 mod engine;
+mod direct;
 mod fairness;
 mod growth;
 mod half_messages;
@@ -57,6 +63,7 @@ mod requests;
 mod ring_attack;
 mod ring_fields;
 mod rings;
+mod scattered;
 mod stability;
 mod subject;
 mod suspension;

@@ -4,19 +4,20 @@
 //! written yet has no place on its storage (`delalloc`, in the words of `filefrag`), as long as it
 //! goes to a part of the file that was a hole.
 
+use crate::cache::switch;
 use crate::subject::{Subject, is_another_program};
 use frontend::block::{
     BlockDriver, Request, SECTOR_BYTES, Segment, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_S_OK,
-    VIRTIO_BLK_T_WRITE_ZEROES,
+    VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_WRITE_ZEROES,
 };
 use frontend::guest::Options;
+use frontend::wire::PATIENCE;
 use std::path::Path;
 use std::process::Command;
+use std::time::Instant;
 
 /// A directory that outlives a reboot, and so is on storage, where `/tmp` may be in memory.
 const ON_STORAGE: &str = "/var/tmp";
-/// Offset of the byte `writeback` in the configuration space.
-const WRITEBACK: u32 = 32;
 /// Sectors between two writes: far more than a file system looks ahead.
 const STEP_SECTORS: u64 = 2048;
 
@@ -38,19 +39,23 @@ fn waits(image: &Path) -> Option<bool> {
 
 /// A back end whose disk is on storage, if this host tells what waits there. That is a matter of
 /// the machine's file systems, not of what a test lacks: elsewhere the test says so and passes.
-fn subject_on_storage() -> Option<Subject> {
+fn subject_on_storage(options: &[&str]) -> Option<Subject> {
     if is_another_program() {
         return None;
     }
     let directory = tempfile::Builder::new().prefix("outboard-").tempdir_in(ON_STORAGE).ok()?;
-    let subject = Subject::in_directory(directory, &[]);
+    let subject = Subject::in_directory(directory, options);
+    // A cache that is write-through may be write-back for a moment.
     let mut driver = subject.driver(&Options::default());
+    let initial = driver.config().expect("the configuration space can be read").writeback();
+    switch(&driver, 1);
     // A write that may wait must be seen to, now and then, or seeing none proves nothing.
     let seen = (0..4).any(|number| {
         write_to_hole(&mut driver, number);
         waits(&subject.image()) == Some(true)
     });
     must(&mut driver, &Request::flush());
+    switch(&driver, initial);
     drop(driver);
     if !seen {
         eprintln!(
@@ -62,7 +67,7 @@ fn subject_on_storage() -> Option<Subject> {
 
 #[test]
 fn flush_waits_for_what_was_written() {
-    let Some(subject) = subject_on_storage() else { return };
+    let Some(subject) = subject_on_storage(&[]) else { return };
     let mut driver = subject.driver(&Options::default());
     write_to_hole(&mut driver, 5);
     must(&mut driver, &Request::flush());
@@ -71,7 +76,7 @@ fn flush_waits_for_what_was_written() {
 
 #[test]
 fn driver_without_flush_has_every_write_on_storage() {
-    let Some(subject) = subject_on_storage() else { return };
+    let Some(subject) = subject_on_storage(&[]) else { return };
     let features = Options::default().features & !VIRTIO_BLK_F_FLUSH;
     let mut driver = subject.driver(&Options { features, ..Options::default() });
     for number in 5..9 {
@@ -83,19 +88,90 @@ fn driver_without_flush_has_every_write_on_storage() {
     assert_eq!(waits(&subject.image()), Some(false), "zeroes were answered too early");
 }
 
-#[test]
-fn driver_that_switches_to_write_through_has_every_write_on_storage() {
-    // VIRTIO 1.3, 5.2.6.2: `writeback` is 0 from the submission of a write to its completion.
-    let Some(subject) = subject_on_storage() else { return };
-    let mut driver = subject.driver(&Options::default());
-    let writeback = |driver: &BlockDriver| driver.config().expect("it can be read").writeback();
-    assert_eq!(writeback(&driver), 1, "the cache is write-back by default");
-    driver.guest.front_end.set_config(WRITEBACK, &[0]).expect("the driver may switch");
-    assert_eq!(writeback(&driver), 0);
-    for number in 5..9 {
-        write_to_hole(&mut driver, number);
+/// Each kind of change, at a place of its own, is on storage when it is answered.
+fn must_write_through(subject: &Subject, driver: &mut BlockDriver, first: u64) {
+    for number in first..first + 3 {
+        write_to_hole(driver, number);
         assert_eq!(waits(&subject.image()), Some(false), "write {number} was answered too early");
     }
-    driver.guest.front_end.set_config(WRITEBACK, &[1]).expect("the driver may switch back");
-    assert_eq!(writeback(&driver), 1);
+    let segment = Segment { sector: (first + 3) * STEP_SECTORS, count: 16, flags: 0 };
+    for kind in [VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_T_DISCARD] {
+        must(driver, &Request::over_segments(kind, &[segment]));
+        assert_eq!(waits(&subject.image()), Some(false), "request type {kind}, answered too early");
+    }
+}
+
+#[test]
+fn write_through_mode_has_every_write_on_storage() {
+    let Some(subject) = subject_on_storage(&["--cache", "writethrough"]) else { return };
+    must_write_through(&subject, &mut subject.driver(&Options::default()), 5);
+}
+
+#[test]
+fn driver_that_switches_to_write_through_has_everything_on_storage_with_its_next_write() {
+    let Some(subject) = subject_on_storage(&[]) else { return };
+    let mut driver = subject.driver(&Options::default());
+    // Seen to wait once at least, or the others prove nothing.
+    let mut waited = false;
+    for round in 0..4 {
+        let number = 5 + 2 * round;
+        write_to_hole(&mut driver, number);
+        waited |= waits(&subject.image()) == Some(true);
+        switch(&driver, 0);
+        write_to_hole(&mut driver, number + 1);
+        assert_eq!(
+            waits(&subject.image()),
+            Some(false),
+            "a write overtook one that was answered before the switch"
+        );
+        switch(&driver, 1);
+    }
+    assert!(waited, "no write waited");
+}
+
+#[test]
+fn what_was_answered_before_a_switch_to_write_through_becomes_stable_by_itself() {
+    let Some(subject) = subject_on_storage(&[]) else { return };
+    let mut driver = subject.driver(&Options::default());
+    write_to_hole(&mut driver, 5);
+    switch(&driver, 0);
+    let deadline = Instant::now() + PATIENCE;
+    while waits(&subject.image()) == Some(true) {
+        assert!(Instant::now() < deadline, "it still waits");
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn driver_that_switched_to_write_through_has_every_write_on_storage() {
+    let Some(subject) = subject_on_storage(&[]) else { return };
+    let mut driver = subject.driver(&Options::default());
+    switch(&driver, 0);
+    must_write_through(&subject, &mut driver, 5);
+    drop(driver);
+    // The same guest may be behind a new connection.
+    let mut driver = subject.driver(&Options::default());
+    write_to_hole(&mut driver, 10);
+    assert_eq!(waits(&subject.image()), Some(false), "after a reconnect");
+    driver.guest.front_end.reset_device().expect("the device can be reset");
+    drop(driver);
+    let mut driver = subject.driver(&Options::default());
+    write_to_hole(&mut driver, 11);
+    assert_eq!(waits(&subject.image()), Some(false), "after a reset");
+}
+
+#[test]
+fn unsafe_mode_answers_flushes_and_syncs_nothing() {
+    let Some(subject) = subject_on_storage(&["--cache", "unsafe"]) else { return };
+    let features = Options::default().features & !VIRTIO_BLK_F_FLUSH;
+    // Not even for a driver without flushes; the host may write by itself, but not every time.
+    for options in [Options::default(), Options { features, ..Options::default() }] {
+        let mut driver = subject.driver(&options);
+        let waited = (5..9).any(|number| {
+            write_to_hole(&mut driver, number);
+            must(&mut driver, &Request::flush());
+            waits(&subject.image()) == Some(true)
+        });
+        assert!(waited, "something was synced");
+    }
 }

@@ -82,9 +82,11 @@ impl Subject {
         Subject::in_directory(temp_dir(), options)
     }
 
-    /// As [`Subject::with_options`], with its disk in `directory`.
+    /// As [`Subject::with_options`], with its disk in `directory`: the one that is there, if any.
     pub(crate) fn in_directory(directory: TempDir, options: &[&str]) -> Self {
-        make_disk(directory.path());
+        if !directory.path().join("disk").exists() {
+            make_disk(directory.path());
+        }
         let socket = directory.path().join("socket");
         let image = directory.path().join("disk");
         let process = match std::env::var(COMMAND_VARIABLE) {
