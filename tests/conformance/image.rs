@@ -2,7 +2,14 @@
 
 use crate::launch::{Process, must_fail};
 use crate::subject::{DISK_BYTES, Subject, is_another_program, make_disk, must_work, ours};
+use frontend::block::{
+    Request, Segment, VIRTIO_BLK_S_OK, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_WRITE_ZEROES,
+    VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
+};
 use frontend::guest::Options;
+use rustix::fs::{FallocateFlags, fallocate};
+use std::fs::File;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use tests::{cannot_run, temp_dir};
@@ -81,6 +88,57 @@ fn readers_share_an_image_and_keep_writers_out() {
         qemu_io(&image, &[]).is_none_or(|output| !output.status.success()),
         "qemu-io may not write"
     );
+}
+
+#[test]
+fn image_is_served_sparse_or_preallocated_as_it_is() {
+    const MIB: u64 = 1 << 20;
+    if is_another_program() {
+        return;
+    }
+    for preallocated in [false, true] {
+        for mode in ["writeback", "none"] {
+            let directory =
+                tempfile::Builder::new().tempdir_in("/var/tmp").expect("it is writable");
+            let image = make_disk(directory.path());
+            if preallocated {
+                let file = File::options().write(true).open(&image).expect("the image is ours");
+                let allocated = fallocate(&file, FallocateFlags::empty(), 0, DISK_BYTES as u64);
+                if let Err(error) = allocated {
+                    return eprintln!("not run: /var/tmp preallocates no files: {error}");
+                }
+            }
+            let subject = Subject::in_directory(directory, &["--cache", mode]);
+            let allocated = || {
+                let metadata = std::fs::metadata(subject.image()).expect("the image is there");
+                metadata.blocks() * 512 / MIB
+            };
+            let unwritten = if preallocated { DISK_BYTES as u64 / MIB } else { 0 };
+            assert_eq!(allocated(), unwritten, "opening it changes nothing");
+            let mut driver = subject.driver(&Options::default());
+            let mut must = |request: &Request| {
+                let outcome = driver.perform(0, request).expect("the request ends");
+                assert_eq!(outcome.status, VIRTIO_BLK_S_OK, "request type {}", request.kind);
+                outcome.data
+            };
+            let zeros = vec![0; MIB as usize];
+            assert!(must(&Request::read(0, zeros.len())) == zeros, "unwritten parts are zeros");
+            must(&Request::write(0, &vec![0xee; 4 * MIB as usize]));
+            must(&Request::flush());
+            let written = if preallocated { unwritten } else { 4 };
+            assert_eq!(allocated(), written);
+            let mut over = |kind, mib: u64, flags| {
+                let segment = Segment { sector: mib * MIB / 512, count: 2048, flags };
+                must(&Request::over_segments(kind, &[segment]));
+                assert!(must(&Request::read(segment.sector, zeros.len())) == zeros, "{kind}");
+                allocated()
+            };
+            assert_eq!(over(VIRTIO_BLK_T_WRITE_ZEROES, 0, 0), written, "it may not be unmapped");
+            let unmap = VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP;
+            assert_eq!(over(VIRTIO_BLK_T_WRITE_ZEROES, 1, unmap), written - 1);
+            assert_eq!(over(VIRTIO_BLK_T_DISCARD, 2, 0), written - 2);
+        }
+    }
 }
 
 #[test]

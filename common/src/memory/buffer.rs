@@ -202,6 +202,12 @@ mod tests {
     }
 
     #[test]
+    fn zeros_to_write_from_are_where_direct_io_takes_them() {
+        let zeros = HostBuffer::of_zeros();
+        assert!(zeros.address().is_multiple_of(4096) && zeros.len().is_multiple_of(4096));
+    }
+
+    #[test]
     fn copies_are_clamped_to_the_buffer() {
         let mut words = [0u64; 2];
         let buffer = buffer(&mut words);

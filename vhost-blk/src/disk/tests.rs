@@ -273,9 +273,10 @@ fn locked_image_opens_only_without_the_lock() {
     Disk::open(&spec, OpenOptions { lock: false, ..WRITABLE }).unwrap();
 }
 
-/// A loop device over a file of 1 MiB, detached when dropped.
+/// A loop device over a file of 1 MiB. It goes with its last descriptor, however a test ends.
 struct LoopDevice {
     path: PathBuf,
+    _open: File,
     _directory: tempfile::TempDir,
 }
 
@@ -290,7 +291,11 @@ impl LoopDevice {
         {
             Ok(output) if output.status.success() => {
                 let path = PathBuf::from(String::from_utf8_lossy(&output.stdout).trim_end());
-                Some(LoopDevice { path, _directory: directory })
+                let open = File::open(&path);
+                // While it is open, detaching only marks it.
+                let detached = Command::new("losetup").arg("--detach").arg(&path).status();
+                assert!(detached.is_ok_and(|status| status.success()), "{path:?} stays attached");
+                Some(LoopDevice { path, _open: open.unwrap(), _directory: directory })
             }
             outcome => {
                 let required = std::env::var_os("REQUIRE_ALL").is_some_and(|value| value == "1");
@@ -302,13 +307,6 @@ impl LoopDevice {
                 None
             }
         }
-    }
-}
-
-impl Drop for LoopDevice {
-    fn drop(&mut self) {
-        let detached = Command::new("losetup").arg("--detach").arg(&self.path).status();
-        assert!(detached.is_ok_and(|status| status.success()), "{:?} is still attached", self.path);
     }
 }
 
