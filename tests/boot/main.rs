@@ -1,6 +1,7 @@
 //! Real guests on real daemons, end to end: what a user of the project relies on.
 
 mod qemu;
+mod sudden_death;
 mod systemd;
 mod terminal;
 mod uml;

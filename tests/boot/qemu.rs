@@ -13,9 +13,12 @@ use tests::{Daemon, DaemonCommand, DiskImage, Machine, TempDir, temp_dir};
 
 use self::emulator::{Emulator, OnRestart, QUEUE_COUNT};
 use self::statistics::Statistics;
+use crate::sudden_death::{FileSystem, Scene};
 
 /// Enough for each of the load's jobs to have 32 large requests of its own in flight.
 const DISK_BYTES: u64 = 64 << 20;
+/// Sudden deaths that a file system goes through: each is two boots, of some seconds.
+const DEATH_COUNT: u32 = 2;
 /// The load, where its initial RAM disk has it.
 const FIO: &str = "usr/bin/fio";
 /// What fio's progress line has once requests are completing.
@@ -36,18 +39,19 @@ struct Bench {
 impl Bench {
     /// A daemon on an empty disk. `None`: it cannot run here, and has said why.
     fn empty_disk(programs: &[&str]) -> Option<Self> {
-        Self::new(programs, |_, path| {
+        Some(Self::new(Emulator::new(programs, &[])?, |_, path| {
             DiskImage::sparse(path, DISK_BYTES);
-        })
+        }))
     }
 
     /// A daemon on a disk that boots to the check in `words`.
     fn boot_disk(words: &str) -> Option<Self> {
-        Self::new(&[], |emulator, path| emulator.make_boot_disk(path, words))
+        Some(Self::new(Emulator::new(&[], &[])?, |emulator, path| {
+            emulator.make_boot_disk(path, words);
+        }))
     }
 
-    fn new(programs: &[&str], make_image: impl FnOnce(&Emulator, &Path)) -> Option<Self> {
-        let emulator = Emulator::new(programs)?;
+    fn new(emulator: Emulator, make_image: impl FnOnce(&Emulator, &Path)) -> Self {
         let directory = temp_dir();
         let image = directory.path().join("disk");
         make_image(&emulator, &image);
@@ -58,7 +62,7 @@ impl Bench {
             .argument("--control")
             .argument(&control)
             .start();
-        Some(Self { emulator, daemon, image, control, _directory: directory })
+        Self { emulator, daemon, image, control, _directory: directory }
     }
 
     /// Boots a machine that runs the check in `words`; one that restarts has failed.
@@ -162,6 +166,34 @@ fn killed_machine_makes_way_for_the_next_one() {
     drop(machine);
     bench.pass("check=load");
     bench.expect_clean_end(2);
+}
+
+/// The file system outlives machines that are killed at moments that `seed` chooses.
+fn outlives_sudden_deaths(kind: FileSystem, seed: u64) {
+    let Some(emulator) = Emulator::new(&kind.programs(), kind.modules()) else { return };
+    let bench = Bench::new(emulator, |_, path| {
+        DiskImage::sparse(path, kind.disk_bytes());
+    });
+    let scene = Scene {
+        rig: bench.emulator.rig(),
+        image: &bench.image,
+        boot: &|check, words| bench.boot(&format!("check={check} {}", words.join(" "))),
+        finish: &|machine| {
+            finish(machine);
+        },
+    };
+    scene.play(kind, DEATH_COUNT, seed);
+    bench.expect_clean_end(2 * u64::from(DEATH_COUNT));
+}
+
+#[test]
+fn ext4_outlives_sudden_deaths() {
+    outlives_sudden_deaths(FileSystem::Ext4, 3);
+}
+
+#[test]
+fn xfs_outlives_sudden_deaths() {
+    outlives_sudden_deaths(FileSystem::Xfs, 4);
 }
 
 #[test]

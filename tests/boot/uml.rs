@@ -2,11 +2,14 @@
 
 use std::path::Path;
 
+use crate::sudden_death::{FileSystem, Scene};
 use guest::verdict::Verdict;
 use tests::{Daemon, DaemonCommand, DiskImage, Rig, TempDir, UserModeLinux, temp_dir};
 
 /// Large enough for many requests in flight and an ext4 journal, small enough to be summed in a blink.
 const DISK_BYTES: u64 = 64 << 20;
+/// Sudden deaths that a file system goes through: each is two boots, of two seconds with all of fio's libraries.
+const DEATH_COUNT: u32 = 2;
 
 /// A daemon on an image, and the guests that will use it.
 struct Bench {
@@ -20,7 +23,15 @@ struct Bench {
 impl Bench {
     /// `None`: it cannot run here, and has said why.
     fn new(make_image: impl FnOnce(&Path) -> DiskImage) -> Option<Self> {
-        let guests = UserModeLinux::new(Rig::find()?);
+        Self::with_programs(&[], make_image)
+    }
+
+    /// The same, with these programs in the guests.
+    fn with_programs(
+        programs: &[&str],
+        make_image: impl FnOnce(&Path) -> DiskImage,
+    ) -> Option<Self> {
+        let guests = UserModeLinux::with_programs(Rig::find()?, programs);
         let directory = temp_dir();
         let image = make_image(&directory.path().join("disk"));
         let daemon =
@@ -123,6 +134,39 @@ fn discard_gives_blocks_back_to_the_host() {
     bench.pass("discard", &[]);
     let after = bench.image.allocated_bytes();
     assert!(after < before / 8, "{after} of {before} bytes are still allocated");
+}
+
+/// The file system outlives machines that are killed at moments that `seed` chooses.
+fn outlives_sudden_deaths(kind: FileSystem, seed: u64) {
+    let Some(mut bench) =
+        Bench::with_programs(&kind.programs(), |path| DiskImage::sparse(path, kind.disk_bytes()))
+    else {
+        return;
+    };
+    let scene = Scene {
+        rig: &bench.rig,
+        image: bench.image.path(),
+        boot: &|check, words| {
+            let words: Vec<_> = words.iter().map(String::as_str).collect();
+            bench.guests.boot(bench.daemon.socket(), check, &words)
+        },
+        finish: &|machine| {
+            UserModeLinux::finish(machine);
+        },
+    };
+    scene.play(kind, DEATH_COUNT, seed);
+    assert!(bench.daemon.is_running());
+    bench.finish();
+}
+
+#[test]
+fn ext4_outlives_sudden_deaths() {
+    outlives_sudden_deaths(FileSystem::Ext4, 10);
+}
+
+#[test]
+fn xfs_outlives_sudden_deaths() {
+    outlives_sudden_deaths(FileSystem::Xfs, 11);
 }
 
 #[test]

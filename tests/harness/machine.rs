@@ -7,6 +7,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use guest::announcement::Announcement;
 use guest::verdict::Verdict;
 use rustix::process::{Pid, Signal, kill_process_group};
 
@@ -103,6 +104,42 @@ impl Machine {
         }
     }
 
+    /// Reads the console up to the next announcement.
+    ///
+    /// # Panics
+    /// If a verdict or the guest's end comes before, or the deadline passes; the message has the console.
+    pub fn expect_announcement(&mut self) -> Announcement {
+        loop {
+            let line = self.next_line().unwrap_or_else(|why| {
+                panic!("{why} before an announcement was on the console:\n{}", self.console)
+            });
+            if let Some(announcement) = Announcement::parse(&line) {
+                return announcement;
+            }
+            if let Some(verdict) = Verdict::parse(&line) {
+                panic!("instead of an announcement there was {verdict}\n{}", self.console);
+            }
+        }
+    }
+
+    /// Lets the guest run on for this time, or to its end, and takes what it prints meanwhile.
+    pub fn run_for(&mut self, time: Duration) {
+        let until = Instant::now() + time;
+        loop {
+            match self.lines.recv_timeout(until.saturating_duration_since(Instant::now())) {
+                Ok(line) => self.take(&line),
+                Err(_) => return,
+            }
+        }
+    }
+
+    /// Ends the guest as pulling its plug would, by SIGKILL, and returns all that it has ever printed.
+    pub fn kill(mut self) -> String {
+        self.end();
+        while self.next_line().is_ok() {}
+        std::mem::take(&mut self.console)
+    }
+
     /// Reads the rest of the console and waits for the guest's process to end. An unhappy end shows the console.
     ///
     /// # Panics
@@ -123,20 +160,28 @@ impl Machine {
         let left = self.deadline.saturating_duration_since(Instant::now());
         match self.lines.recv_timeout(left) {
             Ok(line) => {
-                self.console.push_str(&line);
-                self.console.push('\n');
+                self.take(&line);
                 Ok(line)
             }
             Err(RecvTimeoutError::Timeout) => Err("the deadline passed"),
             Err(RecvTimeoutError::Disconnected) => Err("the guest ended"),
         }
     }
+
+    fn take(&mut self, line: &str) {
+        self.console.push_str(line);
+        self.console.push('\n');
+    }
+
+    fn end(&mut self) {
+        // Fails only where the group is gone already.
+        let _ = kill_process_group(Pid::from_child(&self.child), Signal::KILL);
+        let _ = self.child.wait();
+    }
 }
 
 impl Drop for Machine {
     fn drop(&mut self) {
-        // Fails only where the group is gone already.
-        let _ = kill_process_group(Pid::from_child(&self.child), Signal::KILL);
-        let _ = self.child.wait();
+        self.end();
     }
 }

@@ -25,9 +25,20 @@ impl UserModeLinux {
     /// # Panics
     /// If the rig lacks a part.
     pub fn new(rig: Rig) -> Self {
+        Self::with_programs(rig, &[])
+    }
+
+    /// The same, with these programs of the rig besides.
+    ///
+    /// # Panics
+    /// If the rig lacks a part.
+    pub fn with_programs(rig: Rig, programs: &[&str]) -> Self {
         let directory = temp_dir();
         let mut initrd = Initrd::with_guest(&rig, &[rig.uml_module("virtio_blk")]);
         initrd.program(&rig, "sbin/mke2fs");
+        for program in programs {
+            initrd.program(&rig, program);
+        }
         initrd.write(&directory.path().join("initrd"));
         Self { rig, directory }
     }
@@ -37,7 +48,14 @@ impl UserModeLinux {
     /// # Panics
     /// If the check fails, or the guest does not get as far as powering off; the message has the console.
     pub fn pass(&self, socket: &Path, check: &str, words: &[&str]) -> String {
-        let mut machine = self.boot(socket, check, words);
+        Self::finish(self.boot(socket, check, words))
+    }
+
+    /// Has a guest pass its check and power off, and returns what it found.
+    ///
+    /// # Panics
+    /// As [`UserModeLinux::pass`] does.
+    pub fn finish(mut machine: Machine) -> String {
         let details = machine.expect_pass();
         // The kernel's last word. What its process does after that is not looked at: on a machine with much else to do a late
         // timer signal can abort it while it tears itself down (once seen in several hundred boots).

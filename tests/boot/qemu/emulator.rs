@@ -53,18 +53,24 @@ pub(crate) struct Emulator {
 }
 
 impl Emulator {
-    /// Prepares an initial RAM disk with the guest's checks and these programs of the rig. `None`: this cannot run here, and
-    /// has said why.
-    pub(crate) fn new(programs: &[&str]) -> Option<Self> {
+    /// Prepares an initial RAM disk with the guest's checks, these programs of the rig, and modules beyond those of the disk.
+    /// `None`: this cannot run here, and has said why.
+    pub(crate) fn new(programs: &[&str], modules: &[&str]) -> Option<Self> {
         let rig = Rig::find()?;
         let directory = temp_dir();
-        let modules = MODULES.map(|name| rig.kernel_module(name));
+        let modules: Vec<_> =
+            MODULES.iter().chain(modules).map(|name| rig.kernel_module(name)).collect();
         let mut initrd = Initrd::with_guest(&rig, &modules);
         for program in programs {
             initrd.program(&rig, program);
         }
         initrd.write(&directory.path().join("initrd"));
         Some(Self { rig, directory })
+    }
+
+    /// What the machines are made of.
+    pub(crate) fn rig(&self) -> &Rig {
+        &self.rig
     }
 
     /// Boots a machine with the disk behind `socket`; the emulator puts the kernel into its memory.

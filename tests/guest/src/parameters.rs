@@ -8,6 +8,8 @@
 //! | `serial=TEXT` | the serial number that it must have |
 //! | `seed=N` | of the pattern to write |
 //! | `queues=N` | how many request queues the driver must have set up |
+//! | `kind=NAME` | of file system: `ext4` or `xfs` |
+//! | `files=N` | how many files earlier machines have announced as stable |
 
 use std::fs;
 use std::path::PathBuf;
@@ -23,6 +25,8 @@ pub(crate) struct Parameters {
     pub(crate) serial: Option<String>,
     pub(crate) seed: Option<u64>,
     pub(crate) queues: Option<usize>,
+    pub(crate) kind: Option<String>,
+    pub(crate) files: Option<u64>,
 }
 
 impl Parameters {
@@ -39,6 +43,8 @@ impl Parameters {
             serial: None,
             seed: None,
             queues: None,
+            kind: None,
+            files: None,
         };
         for (name, value) in command_line.split_whitespace().filter_map(|word| word.split_once('='))
         {
@@ -49,6 +55,8 @@ impl Parameters {
                 "serial" => parameters.serial = Some(value.to_owned()),
                 "seed" => parameters.seed = Some(value.parse()?),
                 "queues" => parameters.queues = Some(value.parse()?),
+                "kind" => parameters.kind = Some(value.to_owned()),
+                "files" => parameters.files = Some(value.parse()?),
                 // The rest is the kernel's.
                 _ => {}
             }
@@ -59,6 +67,16 @@ impl Parameters {
     /// The seed, which the check cannot do without.
     pub(crate) fn seed(&self) -> Result<u64, Failure> {
         self.seed.ok_or_else(|| "the check needs seed= on the command line".into())
+    }
+
+    /// The kind of file system, which the check cannot do without.
+    pub(crate) fn kind(&self) -> Result<&str, Failure> {
+        self.kind.as_deref().ok_or_else(|| "the check needs kind= on the command line".into())
+    }
+
+    /// The number of files, which the check cannot do without.
+    pub(crate) fn files(&self) -> Result<u64, Failure> {
+        self.files.ok_or_else(|| "the check needs files= on the command line".into())
     }
 }
 

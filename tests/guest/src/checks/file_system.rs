@@ -11,7 +11,8 @@ use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use super::{Failure, drop_caches, run_program};
 use crate::parameters::Parameters;
 
-const MOUNT_POINT: &str = "/mnt";
+/// Where the disk is mounted.
+pub(super) const MOUNT_POINT: &str = "/mnt";
 /// Many small files make metadata and journal traffic, which the pattern checks lack.
 const SMALL_FILE_COUNT: u64 = 200;
 const SMALL_FILE_BYTES: u64 = 5000;
@@ -23,7 +24,7 @@ pub(super) fn run(parameters: &Parameters) -> Result<String, Failure> {
     run_program(
         Command::new("/sbin/mke2fs").args(["-q", "-F", "-t", "ext4"]).arg(&parameters.disk),
     )?;
-    mount_disk(parameters)?;
+    mount_disk(parameters, "ext4")?;
     for index in 0..SMALL_FILE_COUNT {
         write_file(&small_file(index), seed + index, SMALL_FILE_BYTES)?;
     }
@@ -34,7 +35,7 @@ pub(super) fn run(parameters: &Parameters) -> Result<String, Failure> {
     unmount(MOUNT_POINT, UnmountFlags::empty())?;
     drop_caches()?;
 
-    mount_disk(parameters)?;
+    mount_disk(parameters, "ext4")?;
     for index in (1..SMALL_FILE_COUNT).step_by(2) {
         compare_file(&small_file(index), seed + index, SMALL_FILE_BYTES)?;
     }
@@ -51,18 +52,21 @@ fn large_file() -> PathBuf {
     Path::new(MOUNT_POINT).join("large")
 }
 
-fn mount_disk(parameters: &Parameters) -> Result<(), Failure> {
-    mount(&parameters.disk, MOUNT_POINT, "ext4", MountFlags::empty(), None::<&CStr>)
+/// Mounts the disk, which has a file system of this kind.
+pub(super) fn mount_disk(parameters: &Parameters, kind: &str) -> Result<(), Failure> {
+    mount(&parameters.disk, MOUNT_POINT, kind, MountFlags::empty(), None::<&CStr>)
         .map_err(|error| format!("cannot mount {}: {error}", parameters.disk.display()).into())
 }
 
-fn write_file(path: &Path, seed: u64, len_bytes: u64) -> Result<(), Failure> {
+/// Writes a file of the pattern of `seed`, which is stable then; its entry in the directory need not be.
+pub(super) fn write_file(path: &Path, seed: u64, len_bytes: u64) -> Result<(), Failure> {
     let mut file = File::create(path)?;
     pattern::write(&mut file, seed, len_bytes)?;
     Ok(file.sync_all()?)
 }
 
-fn compare_file(path: &Path, seed: u64, len_bytes: u64) -> Result<(), Failure> {
+/// Fails unless the file has the pattern of `seed` and nothing else.
+pub(super) fn compare_file(path: &Path, seed: u64, len_bytes: u64) -> Result<(), Failure> {
     let mut expected = Vec::new();
     pattern::write(&mut expected, seed, len_bytes)?;
     if fs::read(path)? == expected {

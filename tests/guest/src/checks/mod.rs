@@ -7,6 +7,7 @@ mod identity;
 mod load;
 mod read;
 mod restart;
+mod sudden_death;
 mod write;
 mod zeroes;
 
@@ -30,6 +31,8 @@ pub(crate) fn run(parameters: &Parameters) -> Result<String, Failure> {
         "zeroes" => zeroes::run(parameters),
         "load" => load::run(parameters),
         "restart" => restart::run(parameters),
+        "until-death" => sudden_death::work_until_death(parameters),
+        "survivors" => sudden_death::look_for_survivors(parameters),
         "file-system" => file_system::run(parameters),
         other => Err(format!("there is no check {other:?}").into()),
     }
