@@ -13,6 +13,7 @@ use tests::{Daemon, DaemonCommand, DiskImage, Machine, TempDir, temp_dir};
 
 use self::emulator::{Emulator, OnRestart, QUEUE_COUNT};
 use self::statistics::Statistics;
+use crate::growth;
 use crate::sudden_death::{FileSystem, Scene};
 
 /// Enough for each of the load's jobs to have 32 large requests of its own in flight.
@@ -39,9 +40,7 @@ struct Bench {
 impl Bench {
     /// A daemon on an empty disk. `None`: it cannot run here, and has said why.
     fn empty_disk(programs: &[&str]) -> Option<Self> {
-        Some(Self::new(Emulator::new(programs, &[])?, |_, path| {
-            DiskImage::sparse(path, DISK_BYTES);
-        }))
+        Some(Self::sparse_disk(Emulator::new(programs, &[])?, DISK_BYTES))
     }
 
     /// A daemon on a disk that boots to the check in `words`.
@@ -49,6 +48,12 @@ impl Bench {
         Some(Self::new(Emulator::new(&[], &[])?, |emulator, path| {
             emulator.make_boot_disk(path, words);
         }))
+    }
+
+    fn sparse_disk(emulator: Emulator, len_bytes: u64) -> Self {
+        Self::new(emulator, |_, path| {
+            DiskImage::sparse(path, len_bytes);
+        })
     }
 
     fn new(emulator: Emulator, make_image: impl FnOnce(&Emulator, &Path)) -> Self {
@@ -171,9 +176,7 @@ fn killed_machine_makes_way_for_the_next_one() {
 /// The file system outlives machines that are killed at moments that `seed` chooses.
 fn outlives_sudden_deaths(kind: FileSystem, seed: u64) {
     let Some(emulator) = Emulator::new(&kind.programs(), kind.modules()) else { return };
-    let bench = Bench::new(emulator, |_, path| {
-        DiskImage::sparse(path, kind.disk_bytes());
-    });
+    let bench = Bench::sparse_disk(emulator, kind.disk_bytes());
     let scene = Scene {
         rig: bench.emulator.rig(),
         image: &bench.image,
@@ -194,6 +197,16 @@ fn ext4_outlives_sudden_deaths() {
 #[test]
 fn xfs_outlives_sudden_deaths() {
     outlives_sudden_deaths(FileSystem::Xfs, 4);
+}
+
+#[test]
+fn disk_grows_under_load() {
+    let Some(emulator) = Emulator::new(&[], &[]) else { return };
+    let bench = Bench::sparse_disk(emulator, growth::SIZE_BYTES);
+    let mut machine = bench.boot(&format!("check=grow seed=5 size_bytes={}", growth::GROWN_BYTES));
+    growth::grow_in_steps(&mut machine, &bench.daemon, &bench.image);
+    growth::expect_added(&bench.image, &finish(machine));
+    bench.expect_clean_end(1);
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use crate::growth;
 use crate::sudden_death::{FileSystem, Scene};
 use guest::verdict::Verdict;
 use tests::{Daemon, DaemonCommand, DiskImage, Rig, TempDir, UserModeLinux, temp_dir};
@@ -167,6 +168,18 @@ fn ext4_outlives_sudden_deaths() {
 #[test]
 fn xfs_outlives_sudden_deaths() {
     outlives_sudden_deaths(FileSystem::Xfs, 11);
+}
+
+#[test]
+fn disk_grows_under_load() {
+    let Some(bench) = Bench::new(|path| DiskImage::sparse(path, growth::SIZE_BYTES)) else {
+        return;
+    };
+    let size = format!("size_bytes={}", growth::GROWN_BYTES);
+    let mut machine = bench.guests.boot(bench.daemon.socket(), "grow", &["seed=12", &size]);
+    growth::grow_in_steps(&mut machine, &bench.daemon, bench.image.path());
+    growth::expect_added(bench.image.path(), &UserModeLinux::finish(machine));
+    bench.finish();
 }
 
 #[test]

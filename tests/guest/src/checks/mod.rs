@@ -3,6 +3,7 @@
 mod direct;
 mod discard;
 mod file_system;
+mod grow;
 mod identity;
 mod load;
 mod read;
@@ -31,6 +32,7 @@ pub(crate) fn run(parameters: &Parameters) -> Result<String, Failure> {
         "zeroes" => zeroes::run(parameters),
         "load" => load::run(parameters),
         "restart" => restart::run(parameters),
+        "grow" => grow::run(parameters),
         "until-death" => sudden_death::work_until_death(parameters),
         "survivors" => sudden_death::look_for_survivors(parameters),
         "file-system" => file_system::run(parameters),
