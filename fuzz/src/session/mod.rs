@@ -56,7 +56,7 @@ impl Daemon<'_> {
         match action {
             Action::Done | Action::Answer(_) | Action::BackendChannel(_) => {}
             Action::Ring(index) => self.settle(index),
-            Action::Rings => (0..RINGS).for_each(|index| self.settle(index)),
+            Action::Rings | Action::Reset => (0..RINGS).for_each(|index| self.settle(index)),
             Action::RingBase(index) => {
                 self.settle(index);
                 assert!(!self.running[usize::from(index)], "the base of a ring that runs");

@@ -57,7 +57,7 @@ impl Mode {
 fn device(queue_count: u16) -> BlockDevice {
     let file = tempfile::NamedTempFile::new().expect("a file");
     file.as_file().set_len((DISK_SECTORS * SECTOR) as u64).expect("its length");
-    let options = OpenOptions { read_only: false, lock: false };
+    let options = OpenOptions { lock: false, ..OpenOptions::default() };
     let disk = Disk::open(&DiskSpec::File(file.path().to_owned()), options).expect("a disk");
     let serial = "simulated disk".parse().expect("a serial number");
     BlockDevice::new(disk, serial, QueueLimits { count: queue_count, size_max: 16 })
