@@ -41,6 +41,8 @@ pub(crate) enum Disk {
 pub(crate) enum Dialect {
     /// `--socket-path` and `--disk`.
     Ours,
+    /// The same, with `--aio threads`.
+    OursOnThreads,
     /// `qemu-storage-daemon`.
     StorageDaemon,
 }
@@ -104,11 +106,16 @@ impl Contender {
     fn arguments(&self, disk: &Disk, socket: &Path) -> Vec<OsString> {
         let socket = socket.display();
         let words: Vec<String> = match (self.dialect, disk) {
-            (Dialect::Ours, Disk::Null(len_bytes)) => {
-                vec![format!("--socket-path={socket}"), format!("--disk=null:{len_bytes}")]
-            }
-            (Dialect::Ours, Disk::File(path)) => {
-                vec![format!("--socket-path={socket}"), format!("--disk=file:{}", path.display())]
+            (Dialect::Ours | Dialect::OursOnThreads, disk) => {
+                let disk = match disk {
+                    Disk::Null(len_bytes) => format!("null:{len_bytes}"),
+                    Disk::File(path) => format!("file:{}", path.display()),
+                };
+                let mut words = vec![format!("--socket-path={socket}"), format!("--disk={disk}")];
+                if self.dialect == Dialect::OursOnThreads {
+                    words.push("--aio=threads".into());
+                }
+                words
             }
             (Dialect::StorageDaemon, disk) => {
                 let node = match disk {

@@ -29,7 +29,7 @@ const DEPTHS: [usize; 3] = [1, 32, 128];
 /// The contender that the others' ratios refer to, if it is there.
 const PEER: &str = "qemu-storage-daemon";
 
-/// Compare vhost-blk with its stock twin and with qemu-storage-daemon.
+/// Compare vhost-blk, on either engine, with its stock twin and with qemu-storage-daemon.
 #[derive(Parser)]
 struct Options {
     /// Our daemon [default: beside this program].
@@ -163,6 +163,7 @@ fn find_contenders(options: &Options) -> io::Result<Vec<Contender>> {
     let installed = std::env::split_paths(&path).map(|directory| directory.join(PEER));
     let places = [
         ("vhost-blk", Dialect::Ours, &options.ours, beside("vhost-blk")),
+        ("vhost-blk on threads", Dialect::OursOnThreads, &options.ours, beside("vhost-blk")),
         ("stock-blk", Dialect::Ours, &options.stock, beside("stock-blk")),
         (PEER, Dialect::StorageDaemon, &options.qsd, installed.collect()),
     ];
