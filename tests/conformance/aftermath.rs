@@ -14,6 +14,7 @@ use frontend::message::{
 };
 use frontend::wire::{PATIENCE, Reply, Wire};
 use std::os::fd::BorrowedFd;
+use std::time::Duration;
 
 /// The queue beside the attacked one, which is queue 0.
 pub(crate) const NEIGHBOUR: u16 = 1;
@@ -21,6 +22,8 @@ pub(crate) const NEIGHBOUR: u16 = 1;
 const UNDER_WAY: u64 = 4;
 /// Sectors of each.
 const SECTORS: usize = 2;
+/// How long another program's neighbour queue may take.
+const PEER_PATIENCE: Duration = Duration::from_secs(1);
 /// Where the neighbour's sectors begin: the attacked queue must keep away from there, and
 /// [`must_work`](crate::subject::must_work) uses those behind them.
 pub(crate) const NEIGHBOUR_SECTOR: u64 = DISK_SECTORS - 64;
@@ -55,14 +58,17 @@ pub(crate) struct Attacker {
     /// Both queues. The attack is on queue 0, or on the session.
     pub(crate) driver: BlockDriver,
     round: u8,
+    /// Another program's device has stopped altogether.
+    stands_still: bool,
 }
 
 impl Attacker {
     /// A session with two queues; the neighbour's is in use.
     pub(crate) fn begin(subject: &Subject, options: &Options) -> Self {
         let options = Options { queue_count: QUEUE_COUNT, ..options.clone() };
-        let mut attacker = Attacker { driver: subject.driver(&options), round: 0 };
-        attacker.occupy_neighbour();
+        let mut attacker =
+            Attacker { driver: subject.driver(&options), round: 0, stands_still: false };
+        attacker.occupy_neighbour().expect("the neighbour can work");
         attacker
     }
 
@@ -76,25 +82,27 @@ impl Attacker {
     }
 
     /// Writes new data and leaves reads of it under way.
-    fn occupy_neighbour(&mut self) {
+    fn occupy_neighbour(&mut self) -> Result<(), Error> {
         self.round = self.round.wrapping_add(1);
         for at in 0..UNDER_WAY {
             let write = Request::write(Self::sector(at), &self.data(at));
-            let written = self.driver.perform(NEIGHBOUR, &write).expect("the neighbour can write");
+            self.driver.submit(NEIGHBOUR, &write);
+            self.driver.kick(NEIGHBOUR)?;
+            let (_, written) = self.driver.complete_within(NEIGHBOUR, patience())?;
             assert_eq!(written.status, VIRTIO_BLK_S_OK, "a write of the neighbour");
         }
         for at in 0..UNDER_WAY {
             let read = Request::read(Self::sector(at), SECTORS * SECTOR_BYTES);
             self.driver.submit(NEIGHBOUR, &read);
         }
-        self.driver.kick(NEIGHBOUR).expect("the neighbour can kick");
+        self.driver.kick(NEIGHBOUR)
     }
 
     /// What the neighbour had under way ends, with its own data.
     fn neighbour_completes(&mut self, what: &str) -> Result<(), Error> {
         let mut read = Vec::new();
         for _ in 0..UNDER_WAY {
-            let (_, outcome) = self.driver.complete(NEIGHBOUR)?;
+            let (_, outcome) = self.driver.complete_within(NEIGHBOUR, patience())?;
             assert_eq!(outcome.status, VIRTIO_BLK_S_OK, "{what}: a read of the neighbour");
             read.push(outcome.data);
         }
@@ -110,12 +118,13 @@ impl Attacker {
     /// does next. Puts further requests under way.
     #[track_caller]
     pub(crate) fn neighbour_must_work(&mut self, what: &str) {
-        // VIRTIO 1.3, 2.1.2: a device may stop altogether. Wrong data has no such excuse.
-        let completed = self.neighbour_completes(what);
-        promise(completed.is_ok(), || format!("{what}: the neighbour stands still: {completed:?}"));
-        if completed.is_ok() {
-            self.occupy_neighbour();
+        if self.stands_still {
+            return;
         }
+        // VIRTIO 1.3, 2.1.2: a device may stop altogether. Wrong data has no such excuse.
+        let works = self.neighbour_completes(what).and_then(|()| self.occupy_neighbour());
+        promise(works.is_ok(), || format!("{what}: the neighbour stands still: {works:?}"));
+        self.stands_still = works.is_err();
     }
 
     /// Sends a message and says what came of it. No silence is waited for: the next message, which
@@ -152,6 +161,11 @@ impl Attacker {
     fn is_over(&self) -> bool {
         self.driver.guest.front_end.barrier().is_err()
     }
+}
+
+/// How long the neighbour may take. Whether another program's device has stopped is asked often.
+fn patience() -> Duration {
+    if is_peer() { PEER_PATIENCE } else { PATIENCE }
 }
 
 /// As [`Attacker::send`], over any connection.

@@ -9,7 +9,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tests::{program, wait_for_exit};
 
 /// Time in which a daemon that cannot start has long said so.
@@ -38,7 +38,9 @@ impl Process {
     /// Waits until a socket at `path` accepts connections: programs of others say in no common way
     /// that they are ready.
     pub(crate) fn wait_for_socket(&mut self, path: &Path) {
+        let deadline = Instant::now() + LIMIT;
         while UnixStream::connect(path).is_err() {
+            assert!(Instant::now() < deadline, "it does not listen at {}", path.display());
             assert!(self.is_running(), "it ended instead of listening at {}", path.display());
             std::thread::yield_now();
         }

@@ -1,6 +1,6 @@
 //! Rings: their sizes, how they start and stop, and what a stopped one leaves.
 
-use crate::subject::{QUEUE_COUNT, Subject, must_work};
+use crate::subject::{QUEUE_COUNT, Subject, is_ours_to_promise, must_work, promise};
 use frontend::Error;
 use frontend::block::{BlockDriver, Request, VIRTIO_BLK_S_OK};
 use frontend::guest::Options;
@@ -190,10 +190,12 @@ fn disabled_ring_waits() {
     driver.submit(0, &Request::read(0, 512));
     driver.kick(0).expect("the device can be kicked");
     must_work(&mut driver, 1);
-    assert!(
-        matches!(driver.complete_within(0, Duration::ZERO), Err(Error::Silence(_))),
-        "a disabled ring was processed"
-    );
+    let waits = matches!(driver.complete_within(0, Duration::ZERO), Err(Error::Silence(_)));
+    // vhost-user, "Ring states": without side effects. What that means for a disk it does not say.
+    promise(waits, || "a disabled ring was processed".into());
+    if !waits {
+        return;
+    }
     driver.guest.enable(0).expect("a ring can be enabled");
     assert_eq!(driver.complete(0).expect("the request ends").1.status, VIRTIO_BLK_S_OK);
 }
@@ -213,7 +215,10 @@ fn requests_made_before_the_ring_starts_are_found() {
 
 #[test]
 fn ring_without_kick_descriptor_is_polled() {
-    // vhost-user, "SET_VRING_KICK": bit 8 says that polling should be used.
+    // vhost-user, "SET_VRING_KICK": bit 8 says that polling should be used. It need not.
+    if !is_ours_to_promise() {
+        return;
+    }
     let subject = Subject::start();
     let mut driver = subject.driver(&Options { kick: None, ..Options::default() });
     for _ in 0..20 {

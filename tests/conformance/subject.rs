@@ -42,18 +42,37 @@ pub(crate) fn is_another_program() -> bool {
     another
 }
 
+/// Says why a case about what we alone promise has nothing to test, if it is so.
+pub(crate) fn is_ours_to_promise() -> bool {
+    let ours = !is_peer();
+    if !ours {
+        eprintln!("skipped: it is about what no specification demands");
+    }
+    ours
+}
+
+/// Says why a case about a protocol feature has nothing to test, if the back end lacks it.
+pub(crate) fn lacks(driver: &BlockDriver, protocol_feature: u64) -> bool {
+    let lacks = is_peer() && driver.guest.protocol_features & protocol_feature == 0;
+    if lacks {
+        let bit = protocol_feature.trailing_zeros();
+        eprintln!("skipped: protocol feature bit {bit} is not offered");
+    }
+    lacks
+}
+
 /// Whether the back end is not ours.
 pub(crate) fn is_peer() -> bool {
     std::env::var_os(COMMAND_VARIABLE).is_some()
 }
 
 /// What we promise and the specifications do not demand: broken by our daemon it fails the case, by
-/// another program it is worth a note.
+/// another program it is a difference that the runner tells of.
 #[track_caller]
 pub(crate) fn promise(kept: bool, broken: impl Fn() -> String) {
     if !kept {
         assert!(is_peer(), "{}", broken());
-        eprintln!("note: {}", broken());
+        eprintln!("beyond the specifications: {}", broken());
     }
 }
 
