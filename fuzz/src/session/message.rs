@@ -106,7 +106,8 @@ fn payload(script: &mut Script<'_>, layout: Layout) -> Payload {
         Layout::MemoryRegion => Payload::MemoryRegion(region(script)),
         Layout::Config => {
             let len = script.below(CONFIG_BYTES_LIMIT + 1);
-            Payload::Config { offset: number(script), flags: 0, data: vec![0; len] }
+            let (offset, flags) = (number(script), script.below(4) as u32);
+            Payload::Config { offset, flags, data: vec![0; len] }
         }
         Layout::Inflight => {
             Payload::Inflight { mmap_size: 1, mmap_offset: 0, num_queues: 1, queue_size: 1 }

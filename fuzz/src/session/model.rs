@@ -30,7 +30,7 @@ struct Ring {
     kick: Kick,
     call: Option<usize>,
     error: Option<usize>,
-    enabled: Option<bool>,
+    enabled: bool,
     /// What it was started with.
     started: Option<(RingAddresses, u16, u16)>,
     /// It has got another kick since.
@@ -99,7 +99,11 @@ impl Model {
                 assert!(ring.started.is_none_or(|(old, ..)| old == addresses), "a running ring");
                 ring.addresses = Some(addresses);
             }
-            Payload::Config { .. } | Payload::MemoryTable(_) | Payload::MemoryRegion(_) => {}
+            Payload::Config { flags, .. } => {
+                // "VHOST_USER_SET_CONFIG": the back end must check the flags.
+                assert!(request == Request::GetConfig || *flags <= 1, "flags {flags}");
+            }
+            Payload::MemoryTable(_) | Payload::MemoryRegion(_) => {}
             Payload::Inflight { .. } | Payload::Unparsed => {
                 unreachable!("{request} belongs to a feature that is not offered")
             }
@@ -115,14 +119,7 @@ impl Model {
                 }
             }
             // "Deprecated": may be ignored, or disable all rings. Ours disables.
-            Request::ResetOwner => {
-                for ring in &mut self.rings {
-                    match &mut ring.enabled {
-                        Some(enabled) => *enabled = false,
-                        None => ring.kick = Kick::None,
-                    }
-                }
-            }
+            Request::ResetOwner => self.rings.iter_mut().for_each(|ring| ring.enabled = false),
             _ => {}
         }
     }
@@ -133,6 +130,10 @@ impl Model {
             let running = self.rings.iter().any(|ring| ring.started.is_some());
             assert!(bits == self.features || !running, "features of running rings");
             self.features = bits;
+            // "Ring states": without the bit, all rings are enabled at once.
+            if bits & PROTOCOL_FEATURES_BIT == 0 {
+                self.rings.iter_mut().for_each(|ring| ring.enabled = true);
+            }
         } else {
             assert_eq!(request, Request::SetProtocolFeatures);
             assert_eq!(bits & !self.offered_protocol, 0, "not offered");
@@ -157,7 +158,7 @@ impl Model {
             }
             Request::SetVringEnable => {
                 assert!(num <= 1, "state {num}");
-                ring.enabled = Some(num == 1);
+                ring.enabled = num == 1;
             }
             // "Ring states": the ring is stopped.
             Request::GetVringBase => ring.kick = Kick::None,
@@ -239,12 +240,10 @@ impl Model {
         assert_eq!(session.acknowledges(), self.protocol.contains(ProtocolFeatures::REPLY_ACK));
         let specs = session.memory().iter().map(|slot| slot.spec);
         assert!(specs.eq(self.memory.iter().map(|(spec, _)| *spec)), "{:x?}", session.memory());
-        // "Ring states": enabled from the start unless protocol features were negotiated.
-        let from_start = self.features & PROTOCOL_FEATURES_BIT == 0;
         for (index, ring) in (0..).zip(&self.rings) {
             assert_eq!(session.ring_base(index), ring.base);
             assert_eq!(session.ring_is_outdated(index), ring.outdated);
-            let legal = ring.kick != Kick::None && ring.enabled.unwrap_or(from_start);
+            let legal = ring.kick != Kick::None && ring.enabled;
             let due = ring.addresses.zip(ring.size).filter(|_| legal);
             let plan = session.ring(index);
             assert_eq!(plan.is_some(), due.is_some(), "ring {index}: {ring:?}");
