@@ -9,7 +9,9 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use guest::pattern;
-use tests::{Daemon, DaemonCommand, DiskImage, Machine, TempDir, temp_dir};
+use tests::{
+    Daemon, DaemonCommand, DiskImage, Machine, TempDir, temp_dir, temp_dir_with_direct_io,
+};
 
 use self::emulator::{Emulator, OnRestart, QUEUE_COUNT};
 use self::statistics::Statistics;
@@ -45,28 +47,33 @@ impl Bench {
 
     /// A daemon on a disk that boots to the check in `words`.
     fn boot_disk(words: &str) -> Option<Self> {
-        Some(Self::new(Emulator::new(&[], &[])?, |emulator, path| {
+        Some(Self::new(Emulator::new(&[], &[])?, temp_dir(), &[], |emulator, path| {
             emulator.make_boot_disk(path, words);
         }))
     }
 
     fn sparse_disk(emulator: Emulator, len_bytes: u64) -> Self {
-        Self::new(emulator, |_, path| {
+        Self::new(emulator, temp_dir(), &[], |_, path| {
             DiskImage::sparse(path, len_bytes);
         })
     }
 
-    fn new(emulator: Emulator, make_image: impl FnOnce(&Emulator, &Path)) -> Self {
-        let directory = temp_dir();
+    /// A daemon on a disk in `directory`, with these options besides those that all have.
+    fn new(
+        emulator: Emulator,
+        directory: TempDir,
+        options: &[&str],
+        make_image: impl FnOnce(&Emulator, &Path),
+    ) -> Self {
         let image = directory.path().join("disk");
         make_image(&emulator, &image);
         let control = directory.path().join("control");
-        let daemon = DaemonCommand::block(&image)
+        let command = DaemonCommand::block(&image)
             .argument("--num-queues")
             .argument(QUEUE_COUNT.to_string())
             .argument("--control")
-            .argument(&control)
-            .start();
+            .argument(&control);
+        let daemon = options.iter().fold(command, DaemonCommand::argument).start();
         Self { emulator, daemon, image, control, _directory: directory }
     }
 
@@ -174,9 +181,17 @@ fn killed_machine_makes_way_for_the_next_one() {
 }
 
 /// The file system outlives machines that are killed at moments that `seed` chooses.
-fn outlives_sudden_deaths(kind: FileSystem, seed: u64) {
+fn outlives_sudden_deaths(
+    kind: FileSystem,
+    seed: u64,
+    count: u32,
+    directory: TempDir,
+    options: &[&str],
+) {
     let Some(emulator) = Emulator::new(&kind.programs(), kind.modules()) else { return };
-    let bench = Bench::sparse_disk(emulator, kind.disk_bytes());
+    let bench = Bench::new(emulator, directory, options, |_, path| {
+        DiskImage::sparse(path, kind.disk_bytes());
+    });
     let scene = Scene {
         rig: bench.emulator.rig(),
         image: &bench.image,
@@ -185,18 +200,50 @@ fn outlives_sudden_deaths(kind: FileSystem, seed: u64) {
             finish(machine);
         },
     };
-    scene.play(kind, DEATH_COUNT, seed);
-    bench.expect_clean_end(2 * u64::from(DEATH_COUNT));
+    scene.play(kind, count, seed);
+    bench.expect_clean_end(2 * u64::from(count));
 }
 
 #[test]
 fn ext4_outlives_sudden_deaths() {
-    outlives_sudden_deaths(FileSystem::Ext4, 3);
+    outlives_sudden_deaths(FileSystem::Ext4, 3, DEATH_COUNT, temp_dir(), &[]);
 }
 
 #[test]
 fn xfs_outlives_sudden_deaths() {
-    outlives_sudden_deaths(FileSystem::Xfs, 4);
+    outlives_sudden_deaths(FileSystem::Xfs, 4, DEATH_COUNT, temp_dir(), &[]);
+}
+
+#[test]
+fn xfs_outlives_a_sudden_death_past_the_host_s_cache() {
+    let Some(directory) = temp_dir_with_direct_io() else { return };
+    let options = ["--cache", "none", "--logical-block-size", "4096"];
+    outlives_sudden_deaths(FileSystem::Xfs, 6, 1, directory, &options);
+}
+
+#[test]
+fn driver_sees_size_and_queues_and_blocks_of_4096_bytes() {
+    let Some(emulator) = Emulator::new(&[], &[]) else { return };
+    let options = ["--logical-block-size", "4096"];
+    let bench = Bench::new(emulator, temp_dir(), &options, |_, path| {
+        DiskImage::sparse(path, DISK_BYTES);
+    });
+    bench.pass(&format!(
+        "check=identity size_bytes={DISK_BYTES} queues={QUEUE_COUNT} block_bytes=4096"
+    ));
+    bench.expect_clean_end(1);
+}
+
+#[test]
+fn guest_switches_its_cache_and_flushes_no_more() {
+    let Some(bench) = Bench::empty_disk(&[]) else { return };
+    bench.pass("check=cache seed=7 cache=write-back switch=write-through");
+    let flushes = Statistics::ask(&bench.control).requests("flush");
+    let found = bench.pass("check=cache seed=8 cache=write-through");
+    let statistics = Statistics::ask(&bench.control);
+    assert_eq!(statistics.requests("flush"), flushes, "{statistics:?}");
+    assert_eq!(found, checksum(&bench.image));
+    bench.expect_clean_end(2);
 }
 
 #[test]

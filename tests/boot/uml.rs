@@ -5,7 +5,10 @@ use std::path::Path;
 use crate::growth;
 use crate::sudden_death::{FileSystem, Scene};
 use guest::verdict::Verdict;
-use tests::{Daemon, DaemonCommand, DiskImage, Rig, TempDir, UserModeLinux, temp_dir};
+use tests::{
+    Daemon, DaemonCommand, DiskImage, Rig, TempDir, UserModeLinux, temp_dir,
+    temp_dir_with_direct_io,
+};
 
 /// Large enough for many requests in flight and an ext4 journal, small enough to be summed in a blink.
 const DISK_BYTES: u64 = 64 << 20;
@@ -17,27 +20,31 @@ struct Bench {
     guests: UserModeLinux,
     daemon: Daemon,
     image: DiskImage,
-    rig: Rig,
     directory: TempDir,
 }
 
 impl Bench {
     /// `None`: it cannot run here, and has said why.
     fn new(make_image: impl FnOnce(&Path) -> DiskImage) -> Option<Self> {
-        Self::with_programs(&[], make_image)
+        Self::with_options(&[], make_image)
     }
 
-    /// The same, with these programs in the guests.
-    fn with_programs(
-        programs: &[&str],
+    /// The same, with these options of the daemon.
+    fn with_options(options: &[&str], make_image: impl FnOnce(&Path) -> DiskImage) -> Option<Self> {
+        let guests = UserModeLinux::new(Rig::find()?);
+        Some(Self::start(guests, temp_dir(), options, make_image))
+    }
+
+    fn start(
+        guests: UserModeLinux,
+        directory: TempDir,
+        options: &[&str],
         make_image: impl FnOnce(&Path) -> DiskImage,
-    ) -> Option<Self> {
-        let guests = UserModeLinux::with_programs(Rig::find()?, programs);
-        let directory = temp_dir();
+    ) -> Self {
         let image = make_image(&directory.path().join("disk"));
-        let daemon =
-            DaemonCommand::block(image.path()).argument("--serial").argument("uml-disk").start();
-        Some(Self { guests, daemon, image, rig: Rig::find()?, directory })
+        let command = DaemonCommand::block(image.path()).argument("--serial").argument("uml-disk");
+        let daemon = options.iter().fold(command, DaemonCommand::argument).start();
+        Self { guests, daemon, image, directory }
     }
 
     /// Has a new guest pass `check`, and returns what it found.
@@ -46,10 +53,10 @@ impl Bench {
     }
 
     /// Ends the daemon as an operator would and leaves the image.
-    fn finish(self) -> (DiskImage, Rig, TempDir) {
+    fn finish(self) -> (DiskImage, UserModeLinux, TempDir) {
         let status = self.daemon.terminate();
         assert!(status.success(), "the daemon ended with {status}");
-        (self.image, self.rig, self.directory)
+        (self.image, self.guests, self.directory)
     }
 }
 
@@ -88,8 +95,9 @@ fn file_system_made_in_the_guest_is_clean_on_the_host() {
         return;
     };
     bench.pass("file-system", &["seed=3"]);
-    let (image, rig, _directory) = bench.finish();
-    let fsck = rig.tool("e2fsck").arg("-fn").arg(image.path()).output().expect("e2fsck runs");
+    let (image, guests, _directory) = bench.finish();
+    let fsck =
+        guests.rig().tool("e2fsck").arg("-fn").arg(image.path()).output().expect("e2fsck runs");
     assert!(
         fsck.status.success(),
         "e2fsck -fn: {}{}",
@@ -138,14 +146,19 @@ fn discard_gives_blocks_back_to_the_host() {
 }
 
 /// The file system outlives machines that are killed at moments that `seed` chooses.
-fn outlives_sudden_deaths(kind: FileSystem, seed: u64) {
-    let Some(mut bench) =
-        Bench::with_programs(&kind.programs(), |path| DiskImage::sparse(path, kind.disk_bytes()))
-    else {
-        return;
-    };
+fn outlives_sudden_deaths(
+    kind: FileSystem,
+    seed: u64,
+    count: u32,
+    directory: TempDir,
+    options: &[&str],
+) {
+    let Some(rig) = Rig::find() else { return };
+    let guests = UserModeLinux::with_programs(rig, &kind.programs());
+    let mut bench =
+        Bench::start(guests, directory, options, |path| DiskImage::sparse(path, kind.disk_bytes()));
     let scene = Scene {
-        rig: &bench.rig,
+        rig: bench.guests.rig(),
         image: bench.image.path(),
         boot: &|check, words| {
             let words: Vec<_> = words.iter().map(String::as_str).collect();
@@ -155,19 +168,60 @@ fn outlives_sudden_deaths(kind: FileSystem, seed: u64) {
             UserModeLinux::finish(machine);
         },
     };
-    scene.play(kind, DEATH_COUNT, seed);
+    scene.play(kind, count, seed);
     assert!(bench.daemon.is_running());
     bench.finish();
 }
 
 #[test]
 fn ext4_outlives_sudden_deaths() {
-    outlives_sudden_deaths(FileSystem::Ext4, 10);
+    outlives_sudden_deaths(FileSystem::Ext4, 10, DEATH_COUNT, temp_dir(), &[]);
 }
 
 #[test]
 fn xfs_outlives_sudden_deaths() {
-    outlives_sudden_deaths(FileSystem::Xfs, 11);
+    outlives_sudden_deaths(FileSystem::Xfs, 11, DEATH_COUNT, temp_dir(), &[]);
+}
+
+#[test]
+fn ext4_outlives_a_sudden_death_past_the_host_s_cache() {
+    let Some(directory) = temp_dir_with_direct_io() else { return };
+    outlives_sudden_deaths(FileSystem::Ext4, 13, 1, directory, &["--cache", "none"]);
+}
+
+#[test]
+fn driver_works_with_blocks_of_4096_bytes() {
+    let options = ["--logical-block-size", "4096"];
+    let Some(bench) = Bench::with_options(&options, |path| DiskImage::sparse(path, DISK_BYTES))
+    else {
+        return;
+    };
+    bench.pass("identity", &["block_bytes=4096", &format!("size_bytes={DISK_BYTES}")]);
+    bench.pass("direct", &["seed=14"]);
+    let written = bench.pass("write", &["seed=15"]);
+    let (image, _, _directory) = bench.finish();
+    assert_eq!(written, image.checksum());
+}
+
+#[test]
+fn cache_that_a_guest_switched_stays_so_for_the_next() {
+    let Some(bench) = Bench::new(|path| DiskImage::sparse(path, DISK_BYTES)) else { return };
+    bench.pass("cache", &["seed=16", "cache=write-back", "switch=write-through"]);
+    bench.pass("cache", &["seed=17", "cache=write-through", "switch=write-back"]);
+    let found = bench.pass("cache", &["seed=18", "cache=write-back"]);
+    let (image, _, _directory) = bench.finish();
+    assert_eq!(found, image.checksum());
+}
+
+#[test]
+fn driver_sees_the_cache_that_the_daemon_was_started_with() {
+    let options = ["--cache", "writethrough"];
+    let Some(bench) = Bench::with_options(&options, |path| DiskImage::sparse(path, DISK_BYTES))
+    else {
+        return;
+    };
+    bench.pass("cache", &["seed=19", "cache=write-through"]);
+    bench.finish();
 }
 
 #[test]

@@ -16,13 +16,15 @@ mod requirement;
 mod rig;
 mod user_mode_linux;
 
+use std::path::Path;
+
 pub use daemon::{Daemon, DaemonCommand, engine_arguments, program};
 pub use deadline::wait_for_exit;
 pub use disk_image::DiskImage;
 pub use initrd::Initrd;
 pub use loop_device::LoopDevice;
 pub use machine::Machine;
-pub use requirement::{cannot_run, lacks_root};
+pub use requirement::{cannot_run, lacks_root, temp_dir_with_direct_io};
 pub use rig::Rig;
 pub use tempfile::TempDir;
 pub use user_mode_linux::UserModeLinux;
@@ -32,8 +34,13 @@ pub use user_mode_linux::UserModeLinux;
 /// # Panics
 /// If the system's directory for temporary files cannot be written.
 pub fn temp_dir() -> TempDir {
+    temp_dir_in(&std::env::temp_dir())
+}
+
+/// The same below another directory than the system's.
+fn temp_dir_in(parent: &Path) -> TempDir {
     tempfile::Builder::new()
         .prefix("outboard-")
-        .tempdir()
-        .expect("the system's directory for temporary files is writable")
+        .tempdir_in(parent)
+        .unwrap_or_else(|error| panic!("{} is to be writable: {error}", parent.display()))
 }

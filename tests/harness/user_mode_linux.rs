@@ -43,6 +43,11 @@ impl UserModeLinux {
         Self { rig, directory }
     }
 
+    /// What the guests are made of.
+    pub fn rig(&self) -> &Rig {
+        &self.rig
+    }
+
     /// Boots a guest on the disk behind `socket`, has it pass `check` and power off, and returns what it found.
     ///
     /// # Panics

@@ -36,10 +36,17 @@ impl Statistics {
 
     /// One of the counters of requests, summed over their kinds: a number for each queue.
     pub(crate) fn queues(&self, counter: &str) -> Vec<u64> {
-        let queues =
-            self.0["queues"].as_array().unwrap_or_else(|| panic!("no queues in {}", self.0));
-        queues.iter().map(|queue| all_kinds(queue, counter)).collect()
+        queues(&self.0).iter().map(|queue| all_kinds(queue, counter)).collect()
     }
+
+    /// How many requests of one kind have been completed.
+    pub(crate) fn requests(&self, kind: &str) -> u64 {
+        queues(&self.0).iter().map(|queue| count(&queue["kinds"][kind]["requests"])).sum()
+    }
+}
+
+fn queues(statistics: &Value) -> &[Value] {
+    statistics["queues"].as_array().unwrap_or_else(|| panic!("no queues in {statistics}"))
 }
 
 fn all_kinds(queue: &Value, counter: &str) -> u64 {

@@ -8,6 +8,9 @@
 //! | `serial=TEXT` | the serial number that it must have |
 //! | `seed=N` | of the pattern to write |
 //! | `queues=N` | how many request queues the driver must have set up |
+//! | `block_bytes=N` | the size of the logical blocks that the disk must have |
+//! | `cache=KIND` | the cache that the driver must find: `write-back` or `write-through` |
+//! | `switch=KIND` | the cache to switch to then |
 //! | `kind=NAME` | of file system: `ext4` or `xfs` |
 //! | `files=N` | how many files earlier machines have announced as stable |
 
@@ -25,6 +28,9 @@ pub(crate) struct Parameters {
     pub(crate) serial: Option<String>,
     pub(crate) seed: Option<u64>,
     pub(crate) queues: Option<usize>,
+    pub(crate) block_bytes: Option<u32>,
+    pub(crate) cache: Option<String>,
+    pub(crate) switch: Option<String>,
     pub(crate) kind: Option<String>,
     pub(crate) files: Option<u64>,
 }
@@ -43,6 +49,9 @@ impl Parameters {
             serial: None,
             seed: None,
             queues: None,
+            block_bytes: None,
+            cache: None,
+            switch: None,
             kind: None,
             files: None,
         };
@@ -55,6 +64,9 @@ impl Parameters {
                 "serial" => parameters.serial = Some(value.to_owned()),
                 "seed" => parameters.seed = Some(value.parse()?),
                 "queues" => parameters.queues = Some(value.parse()?),
+                "block_bytes" => parameters.block_bytes = Some(value.parse()?),
+                "cache" => parameters.cache = Some(kernel_s_word(value)),
+                "switch" => parameters.switch = Some(kernel_s_word(value)),
                 "kind" => parameters.kind = Some(value.to_owned()),
                 "files" => parameters.files = Some(value.parse()?),
                 // The rest is the kernel's.
@@ -78,6 +90,11 @@ impl Parameters {
     pub(crate) fn files(&self) -> Result<u64, Failure> {
         self.files.ok_or_else(|| "the check needs files= on the command line".into())
     }
+}
+
+/// The kernel's attribute says "write back"; a word of the command line has no space.
+fn kernel_s_word(cache: &str) -> String {
+    cache.replace('-', " ")
 }
 
 #[cfg(test)]

@@ -1,4 +1,5 @@
-//! What the driver tells of the disk is what the daemon was started with: size, serial number, number of queues.
+//! What the driver tells of the disk is what the daemon was started with: size, serial number, block
+//! size, number of queues.
 
 use std::fs;
 
@@ -14,6 +15,10 @@ pub(super) fn run(parameters: &Parameters) -> Result<String, Failure> {
     if let Some(wanted) = parameters.serial.as_ref().filter(|wanted| **wanted != serial) {
         return Err(format!("the disk's serial number is {serial:?}, not {wanted:?}").into());
     }
+    let block_bytes: u32 = attribute(parameters, "queue/logical_block_size")?.parse()?;
+    if let Some(wanted) = parameters.block_bytes.filter(|wanted| *wanted != block_bytes) {
+        return Err(format!("the disk has blocks of {block_bytes} bytes, not {wanted}").into());
+    }
     let queues = queue_count(parameters)?;
     if let Some(wanted) = parameters.queues.filter(|wanted| *wanted != queues) {
         return Err(format!("the driver uses {queues} queues, not {wanted}").into());
@@ -21,7 +26,7 @@ pub(super) fn run(parameters: &Parameters) -> Result<String, Failure> {
     let read_only = attribute(parameters, "ro")?;
     let discard_max = attribute(parameters, "queue/discard_max_bytes")?;
     Ok(format!(
-        "size_bytes={size} serial={serial} queues={queues} ro={read_only} discard_max_bytes={discard_max}"
+        "size_bytes={size} serial={serial} block_bytes={block_bytes} queues={queues} ro={read_only} discard_max_bytes={discard_max}"
     ))
 }
 

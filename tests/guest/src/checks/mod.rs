@@ -1,5 +1,6 @@
 //! The checks, one a file. Each returns what it found, for the host to compare, or why it failed.
 
+mod cache;
 mod direct;
 mod discard;
 mod file_system;
@@ -27,6 +28,7 @@ pub(crate) fn run(parameters: &Parameters) -> Result<String, Failure> {
         "identity" => identity::run(parameters),
         "read" => read::run(parameters),
         "write" => write::run(parameters),
+        "cache" => cache::run(parameters),
         "direct" => direct::run(parameters),
         "discard" => discard::run(parameters),
         "zeroes" => zeroes::run(parameters),
@@ -42,14 +44,18 @@ pub(crate) fn run(parameters: &Parameters) -> Result<String, Failure> {
 
 /// An attribute that the kernel shows for the disk in sysfs, without its line end.
 fn attribute(parameters: &Parameters, name: &str) -> Result<String, Failure> {
+    let path = attribute_path(parameters, name)?;
+    let value =
+        fs::read_to_string(&path).map_err(|error| format!("cannot read {path}: {error}"))?;
+    Ok(value.trim().to_owned())
+}
+
+fn attribute_path(parameters: &Parameters, name: &str) -> Result<String, Failure> {
     let disk = parameters
         .disk
         .file_name()
         .ok_or_else(|| format!("{} is no device", parameters.disk.display()))?;
-    let path = format!("/sys/block/{}/{name}", disk.to_string_lossy());
-    let value =
-        fs::read_to_string(&path).map_err(|error| format!("cannot read {path}: {error}"))?;
-    Ok(value.trim().to_owned())
+    Ok(format!("/sys/block/{}/{name}", disk.to_string_lossy()))
 }
 
 /// The disk's size by the kernel's word, which counts 512-byte sectors whatever the block size is.
