@@ -68,6 +68,11 @@ impl Operation {
         self.buffers.iter().map(HostBuffer::len).sum()
     }
 
+    /// Its buffers: addresses in this process and lengths.
+    pub fn pieces(&self) -> impl Iterator<Item = (usize, usize)> {
+        self.buffers.iter().map(|buffer| (buffer.address(), buffer.len()))
+    }
+
     /// What its buffers hold.
     pub fn bytes(&self) -> Vec<u8> {
         let mut bytes = vec![0; self.len_bytes()];

@@ -147,7 +147,7 @@ impl WriteCache {
     ///
     /// # Errors
     /// That of `sync`; each write is followed by a sync from then on, which tells the driver.
-    pub(super) fn settle(&self, mut sync: impl FnMut() -> io::Result<()>) -> io::Result<()> {
+    pub(crate) fn settle(&self, mut sync: impl FnMut() -> io::Result<()>) -> io::Result<()> {
         loop {
             let before = self.state.load(Ordering::Relaxed);
             let synced = if stand(before) == Stand::Settling { sync() } else { Ok(()) };

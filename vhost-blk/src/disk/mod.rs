@@ -441,6 +441,22 @@ impl Disk {
     }
 }
 
+#[cfg(test)]
+impl Disk {
+    /// The disk as if it had been opened in another mode, for who simulates the host. `direct`: the
+    /// alignments of memory and blocks that direct I/O demands; `called`: see [`ZeroBlocks`].
+    pub(crate) fn simulate(self, mode: CacheMode, direct: (u32, u32), called: u64) -> Disk {
+        let caching = mode.caching();
+        let direct = Direct::new(direct.0, direct.1, 4096).filter(|_| caching.direct);
+        let zero_blocks = ZeroBlocks {
+            called,
+            written: direct.map_or(1, Direct::unit_bytes),
+            edge: if direct.is_some() { BUFFERED } else { IMAGE },
+        };
+        Disk { direct, zero_blocks, cache: WriteCache::new(caching), ..self }
+    }
+}
+
 /// Sectors of a file. Its tail, where it is not a whole block, is not served: a driver could not
 /// use it.
 fn whole_sectors(path: &Path, len_bytes: u64, block_bytes: u32) -> Result<u64, OpenError> {

@@ -24,7 +24,9 @@ impl Mark {
             for (at, word) in (0..).zip(content.as_chunks_mut::<8>().0) {
                 // The number in the odd places too: mixtures are to be told from either side.
                 let number = number.to_le_bytes();
-                *word = [number[0], sector as u8, number[1], 0xa5, number[0] ^ 0xff, at, 1, at];
+                let sector = (sector as u16).to_le_bytes();
+                let (low, high) = (number[0], number[1]);
+                *word = [low, sector[0], high, sector[1], !low, at, 1, !high];
             }
         }
         content

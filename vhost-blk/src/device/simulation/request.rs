@@ -8,14 +8,15 @@
 use common::simulation::{Buffer, Guest, Random};
 
 use super::ledger::Mark;
+use super::mode::Scale;
 use super::storage::SECTOR;
 
-/// Bytes of memory for one request.
-pub(super) const PLACE_BYTES: u64 = 0x4000;
-/// Most sectors of one transfer, of which a place has room for their pieces.
-const SECTORS_MAX: u64 = 8;
-/// Most pieces of a readable or writable part.
-const PIECES_MAX: u64 = 5;
+/// Most pieces that bytes are cut into.
+const PIECES_MAX: usize = 4;
+/// Longest gap between pieces, in bytes.
+const GAP_MAX: u64 = 100;
+/// Bytes of a request's header.
+const HEADER: usize = 16;
 
 const OK: u8 = 0;
 const IO_ERROR: u8 = 1;
@@ -29,9 +30,14 @@ pub(super) struct Span {
 }
 
 impl Span {
-    fn any(disk_sectors: usize, random: &mut Random) -> Self {
-        let count = random.within(0..SECTORS_MAX + 1) as usize;
-        Self { first: random.index(disk_sectors - count + 1), count }
+    fn any(scale: Scale, random: &mut Random) -> Self {
+        let count = match random.within(0..4) {
+            0 => random.index(scale.request_sectors + 1),
+            _ => random.index(9),
+        };
+        let first = random.index(scale.disk_sectors - count + 1);
+        // What begins at a block's start is what direct I/O likes.
+        Self { first: if random.once_in(2) { first / 8 * 8 } else { first }, count }
     }
 
     pub(super) fn sectors(self) -> std::ops::Range<usize> {
@@ -73,7 +79,7 @@ pub(super) struct GuestRequest {
     pub(super) began: u64,
     /// One of its operations failed.
     pub(super) failed: bool,
-    /// Bytes that its operations have read.
+    /// Bytes that its operations have read for it.
     pub(super) moved: usize,
 }
 
@@ -103,10 +109,10 @@ fn segments(spans: impl Iterator<Item = (Span, u32)>) -> Vec<u8> {
 
 impl Ask {
     /// Any request to a disk of this length; writes leave pattern `number`.
-    pub(super) fn any(number: u32, disk_sectors: usize, random: &mut Random) -> Self {
-        let span = Span::any(disk_sectors, random);
+    pub(super) fn any(number: u32, scale: Scale, random: &mut Random) -> Self {
+        let span = Span::any(scale, random);
         let spans = |random: &mut Random| -> Vec<Span> {
-            (0..random.within(1..4)).map(|_| Span::any(disk_sectors, random)).collect()
+            (0..random.within(1..4)).map(|_| Span::any(scale, random)).collect()
         };
         match random.within(0..24) {
             0..8 => Self::Write(span, Mark::Pattern(number)),
@@ -121,7 +127,7 @@ impl Ask {
         }
     }
 
-    fn message(&mut self, disk_sectors: usize, random: &mut Random) -> Message {
+    fn message(&mut self, scale: Scale, random: &mut Random) -> Message {
         // VIRTIO 1.3, 5.2.6: the last writable byte is the status, whatever lies before it.
         let mut room_bytes = if random.once_in(4) { random.within(1..6) as usize } else { 1 };
         let sent = match self {
@@ -148,7 +154,7 @@ impl Ask {
                 header(8, 0)
             }
             Self::Refused(status) => {
-                let message = refused(disk_sectors as u64, random);
+                let message = refused(scale.disk_sectors as u64, random);
                 *status = message.1;
                 room_bytes = message.2;
                 message.0
@@ -189,23 +195,36 @@ impl GuestRequest {
     pub(super) fn lay_out(
         mut ask: Ask,
         place: u64,
-        disk_sectors: usize,
+        scale: Scale,
         (guest, random): (&Guest, &mut Random),
     ) -> Self {
-        let Message { sent, room_bytes } = ask.message(disk_sectors, random);
-        guest.write(place, &vec![random.number() as u8 | 1; PLACE_BYTES as usize]);
+        let Message { sent, room_bytes } = ask.message(scale, random);
+        let alignment = random.pick(&[1, 512, 4096]);
         let mut at = place;
-        let readable = pieces(sent.len(), &mut at, random);
-        let writable = pieces(room_bytes, &mut at, random);
-        assert!(at <= place + PLACE_BYTES, "a place has room for its pieces");
+        let readable = pieces((HEADER, sent.len(), 0), alignment, &mut at, random);
+        let writable = pieces((0, room_bytes, 1), alignment, &mut at, random);
+        let len_bytes = (at + GAP_MAX - place) as usize;
+        assert!(len_bytes as u64 <= scale.place_bytes, "a place has room for its pieces");
+        guest.write(place, &vec![random.number() as u8 | 1; len_bytes]);
         let mut rest = sent.as_slice();
         for (at, len_bytes) in &readable {
             let (piece, later) = rest.split_at(*len_bytes as usize);
             guest.write(*at, piece);
             rest = later;
         }
-        let before = guest.read(place, PLACE_BYTES as usize);
+        let before = guest.read(place, len_bytes);
         Self { ask, place, readable, writable, before, began: 0, failed: false, moved: 0 }
+    }
+
+    /// An operation has read so many bytes of the disk from `offset` on; how many of them the
+    /// request asked for and had not got.
+    pub(super) fn has_read(&mut self, offset: u64, bytes: u32) -> u64 {
+        let Ask::Read(span) = self.ask else { return 0 };
+        let end = ((span.first + span.count) * SECTOR) as u64;
+        let from = (span.first * SECTOR + self.moved) as u64;
+        let got = (offset + u64::from(bytes)).min(end).saturating_sub(from);
+        self.moved += got as usize;
+        got
     }
 
     /// Its buffers, readable and writable.
@@ -216,7 +235,7 @@ impl GuestRequest {
     /// Takes an answer apart: nothing but writable bytes has changed, and the status and length are
     /// what they must be.
     pub(super) fn answer(&self, written_bytes: u32, guest: &Guest) -> Answer {
-        let after = guest.read(self.place, PLACE_BYTES as usize);
+        let after = guest.read(self.place, self.before.len());
         let mut data = Vec::new();
         let mut untouched = self.before.clone();
         for (at, len_bytes) in &self.writable {
@@ -252,16 +271,38 @@ impl GuestRequest {
     }
 }
 
-/// Cuts bytes into pieces with gaps between them, from `at` on.
-fn pieces(len_bytes: usize, at: &mut u64, random: &mut Random) -> Vec<Buffer> {
-    let mut left = len_bytes as u64;
+/// Cuts bytes into pieces with gaps between them, from `at` on. `lens`: the bytes in front that are a
+/// piece of their own, all bytes, and those at the end, where the bytes between are whole sectors and
+/// `alignment` is that of their pieces. Else the cuts are anywhere.
+fn pieces(
+    lens: (usize, usize, usize),
+    alignment: u64,
+    at: &mut u64,
+    random: &mut Random,
+) -> Vec<Buffer> {
+    let (front, all, end) = lens;
+    let middle = all.saturating_sub(front + end);
+    if alignment == 1 || middle == 0 || !middle.is_multiple_of(SECTOR) {
+        return cut(all as u64, 1, at, random);
+    }
+    let mut pieces = cut(front as u64, 1, at, random);
+    let sectors = cut((middle / SECTOR) as u64, alignment, at, random);
+    pieces.extend(sectors);
+    pieces.extend(cut(end as u64, 1, at, random));
+    pieces
+}
+
+/// Cuts so many bytes, or where there is an alignment, so many sectors.
+fn cut(count: u64, alignment: u64, at: &mut u64, random: &mut Random) -> Vec<Buffer> {
+    let unit = if alignment == 1 { 1 } else { SECTOR as u64 };
+    let mut left = count;
     let mut pieces = Vec::new();
     while left > 0 {
-        *at += random.pick(&[1, 3, 16, 100]);
-        let is_last = pieces.len() as u64 + 1 == PIECES_MAX || random.once_in(3);
+        *at = (*at + random.within(1..GAP_MAX)).next_multiple_of(alignment);
+        let is_last = pieces.len() + 1 == PIECES_MAX || random.once_in(3);
         let piece = if is_last { left } else { random.within(1..left + 1) };
-        pieces.push((*at, piece as u32));
-        *at += piece;
+        pieces.push((*at, (piece * unit) as u32));
+        *at += piece * unit;
         left -= piece;
     }
     pieces

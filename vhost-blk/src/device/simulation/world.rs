@@ -15,17 +15,17 @@ use common::virtqueue::{VIRTIO_F_EVENT_IDX, VIRTIO_F_INDIRECT_DESC};
 use rustix::io::Errno;
 
 use super::ledger::{Ledger, Mark};
-use super::request::{Answer, Ask, GuestRequest, PLACE_BYTES};
+use super::mode::{Mode, PAGE};
+use super::request::{Answer, Ask, GuestRequest};
 use super::storage::{Content, SECTOR, Storage};
-use super::{DISK_SECTORS, Mode, device};
+use super::{RING_SIZE_MAX, device};
 use crate::device::BlockDevice;
 
-/// Rings, of 4, 8 and 16 entries.
-const RINGS: u16 = 3;
-/// Memory that a ring has for itself, with its requests.
-const RING_BYTES: u64 = 0x10_0000;
+/// Sizes of the rings: the largest has more entries than it has bounce buffers.
+const RINGS: [u16; 3] = [4, 8, RING_SIZE_MAX];
 /// Where the indirect tables of a ring begin, its requests' places after them.
 const TABLES: u64 = 0x4000;
+const TABLE_BYTES: u64 = 0x200;
 const PLACES: u64 = 0x8000;
 
 /// What becomes of operations.
@@ -73,6 +73,7 @@ struct Ring {
 /// See the module's head.
 pub(super) struct World {
     pub(super) random: Random,
+    device: Arc<BlockDevice>,
     stage: Stage<BlockDevice>,
     guest: Arc<Guest>,
     rings: Vec<Ring>,
@@ -81,20 +82,17 @@ pub(super) struct World {
     operations: BTreeMap<u64, Progress>,
     mode: Mode,
     luck: Luck,
-    /// What the host can do besides reading and writing.
-    can: HostCan,
+    /// The driver has left its cache write-back.
+    write_back: bool,
+    /// When it last switched.
+    switched: u64,
     now: u64,
     /// The number of the next pattern.
     patterns: u32,
     pub(super) answers: Answers,
+    /// Rings that went on after they had stopped.
+    pub(super) restarts: u64,
     is_told: bool,
-}
-
-/// What the file system below can do.
-#[derive(Clone, Copy, Debug)]
-struct HostCan {
-    punch: bool,
-    zero_range: bool,
 }
 
 /// What has been answered so far.
@@ -108,20 +106,21 @@ pub(super) struct Answers {
 
 impl World {
     pub(super) fn new(seed: u64, mode: Mode, luck: Luck) -> Self {
-        let blank = || (0..DISK_SECTORS).map(|sector| Mark::Pattern(0).content(sector));
-        Self::over(Random::new(seed), mode, luck, blank().collect())
+        let blank = (0..mode.scale.disk_sectors).map(|sector| Mark::Pattern(0).content(sector));
+        Self::over(Random::new(seed), mode, luck, blank.collect())
     }
 
     /// A machine that starts with this on its disk.
     fn over(mut random: Random, mode: Mode, luck: Luck, contents: Vec<Content>) -> Self {
+        let ring_bytes = ring_bytes(mode);
         let ring_memory: Vec<(u64, u64)> =
-            (0..u64::from(RINGS)).map(|index| (index * RING_BYTES, RING_BYTES)).collect();
+            (0..RINGS.len() as u64).map(|index| (index * ring_bytes, ring_bytes)).collect();
         let guest = Arc::new(Guest::new(&ring_memory));
-        let mut stage = Stage::new(Arc::new(device(RINGS)), random.number());
+        let device = Arc::new(device(mode, RINGS.len() as u16));
+        let mut stage = Stage::new(Arc::clone(&device), random.number());
         let mut rings = Vec::new();
-        for index in 0..RINGS {
-            let at = u64::from(index) * RING_BYTES;
-            let size = 4 << index;
+        for (index, size) in (0..).zip(RINGS) {
+            let at = u64::from(index) * ring_bytes;
             let layout =
                 Layout { size, descriptors: at, available: at + 0x1000, used: at + 0x2000 };
             let event_idx = random.pick(&[0, VIRTIO_F_EVENT_IDX]);
@@ -136,16 +135,18 @@ impl World {
                 first,
                 answered: 0,
                 requests: BTreeMap::new(),
-                places: (0..u64::from(size)).map(|n| at + PLACES + n * PLACE_BYTES).collect(),
+                places: (0..u64::from(size))
+                    .map(|n| at + PLACES + n * mode.scale.place_bytes)
+                    .collect(),
                 heard: 0,
                 asleep: false,
             });
         }
-        let can = HostCan { punch: random.once_in(2), zero_range: random.once_in(2) };
         let (storage, ledger) =
             (Storage::new(contents.iter().copied()), Ledger::new(contents.into_iter()));
         Self {
             random,
+            device,
             stage,
             guest,
             rings,
@@ -154,10 +155,12 @@ impl World {
             operations: BTreeMap::new(),
             mode,
             luck,
-            can,
+            write_back: mode.starts_write_back(),
+            switched: 0,
             now: 1,
             patterns: 1,
             answers: Answers::default(),
+            restarts: 0,
             is_told: chosen_seed().is_some(),
         }
     }
@@ -178,6 +181,7 @@ impl World {
             9..13 => drop(self.reach_disk()),
             13..17 => drop(self.end_one()),
             17 | 18 => drop(self.look(index)),
+            _ if self.random.once_in(4) => self.switch_cache(),
             _ if self.random.once_in(4) && self.rings[index].running => {
                 self.tell("stop", &index);
                 self.stage.stop(index as u16);
@@ -190,15 +194,18 @@ impl World {
     /// The driver of a ring makes requests, and kicks if it is to.
     fn send(&mut self, index: usize) {
         let ring = &mut self.rings[index];
-        for _ in 0..self.random.within(1..4) {
+        let scale = self.mode.scale;
+        let most = if self.random.once_in(8) { u64::from(RING_SIZE_MAX) } else { 4 };
+        for _ in 0..self.random.within(1..most) {
             let Some(place) = ring.places.pop() else { break };
-            let ask = Ask::any(self.patterns, DISK_SECTORS, &mut self.random);
+            let ask = Ask::any(self.patterns, scale, &mut self.random);
             self.patterns += 1;
             let parts = (&*self.guest, &mut self.random);
-            let mut request = GuestRequest::lay_out(ask, place, DISK_SECTORS, parts);
+            let mut request = GuestRequest::lay_out(ask, place, scale, parts);
             request.began = self.now;
-            let number = (place - PLACES) % RING_BYTES / PLACE_BYTES;
-            let table = index as u64 * RING_BYTES + TABLES + 0x100 * number;
+            let ring_at = index as u64 * ring_bytes(self.mode);
+            let number = (place - ring_at - PLACES) / scale.place_bytes;
+            let table = ring_at + TABLES + TABLE_BYTES * number;
             let table = self.random.once_in(2).then_some(table);
             let head = ring.driver.add(request.buffers(), table, &mut self.random);
             let Some(head) = head else {
@@ -224,13 +231,45 @@ impl World {
             return false;
         }
         self.now += 1;
-        for operation in self.stage.kernel().held() {
+        let held = self.stage.kernel().held();
+        for operation in &held {
             let submitted = self.now;
-            let progress = || Progress { submitted, done: None };
-            self.operations.entry(operation.number).or_insert_with(progress);
+            let mut is_new = false;
+            self.operations.entry(operation.number).or_insert_with(|| {
+                is_new = true;
+                Progress { submitted, done: None }
+            });
+            if is_new {
+                self.mode.check(operation);
+                held.iter().for_each(|other| self.check_pages(operation, other));
+            }
         }
         (0..self.rings.len()).for_each(|index| self.observe(index));
         true
+    }
+
+    /// Direct I/O and the host's page cache never hold one page at a time, but for requests that
+    /// write the same sectors at a time.
+    fn check_pages(&self, one: &Operation, other: &Operation) {
+        let is_write = |operation: &Operation| match operation.work {
+            Work::Write { offset, .. } => Some((offset, operation.len_bytes() as u64)),
+            Work::Zero { offset, len_bytes, zeroing: Zeroing::Write } => Some((offset, len_bytes)),
+            _ => None,
+        };
+        let (Some(here), Some(there)) = (is_write(one), is_write(other)) else { return };
+        let pages = |(at, len_bytes): (u64, u64)| at / PAGE..(at + len_bytes).div_ceil(PAGE);
+        let (here, there) = (pages(here), pages(there));
+        let one_page = here.start < there.end && there.start < here.end;
+        if one.file == other.file || !one_page {
+            return;
+        }
+        let sectors = |operation: &Operation| {
+            writes(&self.rings[usize::from(operation.queue)].requests[&operation.slot].ask)
+        };
+        let meet = sectors(one).iter().any(|(here, _)| {
+            sectors(other).iter().any(|(there, _)| here.start < there.end && there.start < here.end)
+        });
+        assert!(meet, "a page is written past the cache by {one:?}, and through it by {other:?}");
     }
 
     /// What the guest can see of a ring is checked, whether it looks or not.
@@ -260,17 +299,46 @@ impl World {
                 }
             }
             Ask::GetId => assert_eq!(&answer.data[..20], b"simulated disk\0\0\0\0\0\0"),
-            Ask::Flush if done && self.mode.promises_flushed() => {
-                self.ledger.promise(request.began);
-            }
+            Ask::Flush if done && self.mode.syncs() => self.ledger.promise(request.began),
             _ => {}
         }
         let is_hint = matches!(request.ask, Ask::Discard(_));
-        let promised = self.mode.promises_answered();
+        let flushes = self.mode.flushes && self.write_back;
+        let promised = self.mode.syncs() && !flushes;
         self.ledger.answer(request_id(request), done && !is_hint, promised, self.now);
+        let wrote = matches!(request.ask, Ask::Write(span, _) if span.count > 0);
+        if wrote && done && promised && request.began > self.switched {
+            // A driver that sends no flushes takes older writes for stable before newer ones.
+            self.ledger.promise(request.began);
+        }
         if done && !matches!(request.ask, Ask::Read(_)) {
             self.check_power_cut();
         }
+    }
+
+    /// The driver switches its cache; what was answered before is made stable in the background.
+    fn switch_cache(&mut self) {
+        self.write_back = !self.write_back;
+        self.switched = self.now;
+        self.now += 1;
+        self.tell("write-back", &self.write_back);
+        let device = Arc::clone(&self.device);
+        if !device.disk.cache().switch(self.write_back) {
+            return;
+        }
+        // Anything may happen until the sync has ended, another switch too.
+        let settled = device.disk.cache().settle(|| {
+            let submitted = self.now;
+            for _ in 0..self.random.within(0..40) {
+                self.step();
+            }
+            if self.random.once_in(8) {
+                return Err(std::io::Error::other("the host's sync failed"));
+            }
+            self.storage.synced(submitted);
+            Ok(())
+        });
+        self.tell("settled", &settled);
     }
 
     /// Whatever a power cut at this moment left would be what was promised.
@@ -326,27 +394,27 @@ impl World {
 
     /// What an operation does to the disk: its result, and what it has read.
     fn execute(&mut self, operation: &Operation, fate: Fate) -> (Result<u32, Errno>, Vec<u8>) {
-        let number = operation.number;
+        let (number, granule) = (operation.number, self.mode.granule(operation.file));
         match (operation.work, fate) {
             (_, Fate::Interrupted) => (Err(Errno::INTR), Vec::new()),
             (Work::Read { offset }, fate) => {
-                let len_bytes = self.part(operation.len_bytes(), fate);
+                let len_bytes = self.part(operation.len_bytes(), granule, fate);
                 let bytes = self.storage.read(offset, len_bytes);
                 (fate.result(bytes.len()), bytes)
             }
             (Work::Write { offset, .. }, fate) => {
                 let bytes = operation.bytes();
-                let len_bytes = self.part(bytes.len(), fate);
+                let len_bytes = self.part(bytes.len(), granule, fate);
                 self.storage.write(number, offset, &bytes[..len_bytes]);
                 (fate.result(len_bytes), Vec::new())
             }
             (Work::Zero { offset, len_bytes, zeroing: Zeroing::Write }, fate) => {
-                let len_bytes = self.part(len_bytes as usize, fate);
+                let len_bytes = self.part(len_bytes as usize, granule, fate);
                 self.storage.write(number, offset, &vec![0; len_bytes]);
                 (fate.result(len_bytes), Vec::new())
             }
             (Work::Sync | Work::Zero { .. }, Fate::Failed(errno)) => (Err(errno), Vec::new()),
-            (Work::Zero { zeroing, .. }, _) if !self.can.zero(zeroing) => {
+            (Work::Zero { zeroing, .. }, _) if !self.mode.can(zeroing) => {
                 (Err(Errno::OPNOTSUPP), Vec::new())
             }
             (Work::Zero { offset, len_bytes, .. }, _) => {
@@ -357,17 +425,15 @@ impl World {
         }
     }
 
-    /// How much of a transfer is made.
-    fn part(&mut self, len_bytes: usize, fate: Fate) -> usize {
+    /// How much of a transfer is made, in multiples of `granule`.
+    fn part(&mut self, len_bytes: usize, granule: usize, fate: Fate) -> usize {
+        let granules = len_bytes / granule;
         match fate {
             Fate::Whole => len_bytes,
             Fate::Nothing | Fate::Interrupted => 0,
-            Fate::Short if len_bytes < 2 => len_bytes,
-            Fate::Short if self.random.once_in(2) => {
-                (self.random.index(len_bytes) / SECTOR * SECTOR).clamp(1, len_bytes - 1)
-            }
+            Fate::Short if granules < 2 => len_bytes,
             // Of what failed a part may have been done too.
-            Fate::Short | Fate::Failed(_) => 1.max(self.random.index(len_bytes.max(1))),
+            Fate::Short | Fate::Failed(_) => self.random.index(granules.max(1)).max(1) * granule,
         }
         .min(len_bytes)
     }
@@ -417,10 +483,13 @@ impl World {
         let unsupported = matches!(operation.work, Work::Zero { .. });
         match result {
             Ok(0) if moves => request.failed = true,
-            Ok(bytes) if matches!(operation.work, Work::Read { .. }) => {
-                request.moved += bytes as usize;
+            Ok(bytes) => {
+                if let Work::Read { offset } = operation.work {
+                    let got = request.has_read(offset, bytes);
+                    assert!(got > 0, "{operation:?} brings nothing to {:?}", request.ask);
+                }
             }
-            Ok(_) | Err(Errno::INTR) => {}
+            Err(Errno::INTR) => {}
             Err(Errno::OPNOTSUPP) if unsupported => {}
             Err(_) => request.failed = true,
         }
@@ -459,6 +528,7 @@ impl World {
         let ring = &mut self.rings[index];
         self.stage.start(index as u16, ring.driver.setup(base)).expect("a ring");
         ring.running = true;
+        self.restarts += 1;
         true
     }
 
@@ -493,6 +563,11 @@ impl World {
         Answers { all, failed, refused: errors - failed }
     }
 
+    /// Requests that took a detour through a bounce buffer.
+    pub(super) fn bounced(&self) -> u64 {
+        self.stage.metrics().queues.iter().map(|queue| queue.bounced.get()).sum()
+    }
+
     /// The operations that have been submitted.
     pub(super) fn submitted(&self) -> u64 {
         self.stage.kernel().submitted()
@@ -514,16 +589,6 @@ impl World {
     }
 }
 
-impl HostCan {
-    fn zero(self, zeroing: Zeroing) -> bool {
-        match zeroing {
-            Zeroing::Deallocate => self.punch,
-            Zeroing::Keep => self.zero_range,
-            Zeroing::Write => true,
-        }
-    }
-}
-
 impl Fate {
     fn result(self, len_bytes: usize) -> Result<u32, Errno> {
         match self {
@@ -533,9 +598,14 @@ impl Fate {
     }
 }
 
+/// Memory that a ring has for itself, with its requests.
+fn ring_bytes(mode: Mode) -> u64 {
+    (PLACES + u64::from(RING_SIZE_MAX) * mode.scale.place_bytes).next_multiple_of(0x10_0000)
+}
+
 /// A number that no two requests of a run have: their places and their times differ.
 fn request_id(request: &GuestRequest) -> u64 {
-    request.began << 24 | request.place
+    request.began << 32 | request.place
 }
 
 /// What a request writes, if it is done.
