@@ -1,6 +1,6 @@
 //! A guest's memory: real pages, at the addresses that a test wants.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use crate::memory::{
@@ -13,6 +13,7 @@ const FRONTEND_BASE: u64 = 0x7f00_0000_0000;
 
 /// Memory of a guest that a test reads and writes as its driver.
 pub struct Guest {
+    files: Vec<(RegionSpec, OwnedFd)>,
     map: Arc<MemoryMap>,
 }
 
@@ -22,17 +23,22 @@ impl Guest {
     /// # Panics
     /// The regions overlap, or there is no memory.
     pub fn new(regions: &[(u64, u64)]) -> Self {
-        let map_one = |&(at, len_bytes): &(u64, u64)| {
+        let share = |&(at, len_bytes): &(u64, u64)| {
             let spec = RegionSpec {
                 guest: GuestAddress(at),
                 frontend: Self::frontend(at),
                 len_bytes,
                 file_offset_bytes: 0,
             };
-            Arc::new(Region::map(spec, guest_file(len_bytes).as_fd()).expect("memory"))
+            (spec, guest_file(len_bytes))
         };
-        let regions = regions.iter().map(map_one).collect();
-        Self { map: Arc::new(MemoryMap::new(regions).expect("regions that do not overlap")) }
+        let files: Vec<_> = regions.iter().map(share).collect();
+        Self { map: Arc::new(map(&files)), files }
+    }
+
+    /// The same memory, mapped anew: a map of which nothing is shared with another.
+    pub fn map_again(&self) -> Arc<MemoryMap> {
+        Arc::new(map(&self.files))
     }
 
     /// The memory as a ring uses it.
@@ -83,4 +89,11 @@ impl Guest {
         }
         bytes
     }
+}
+
+fn map(files: &[(RegionSpec, OwnedFd)]) -> MemoryMap {
+    let regions = files.iter().map(|(spec, file)| {
+        Arc::new(Region::map(*spec, file.as_fd()).expect("memory that can be mapped"))
+    });
+    MemoryMap::new(regions.collect()).expect("regions that do not overlap")
 }

@@ -108,6 +108,15 @@ impl<D: Device> Stage<D> {
     /// # Panics
     /// The worker gave up.
     pub fn turn(&mut self) -> bool {
+        self.turn_with(|_kernel| {})
+    }
+
+    /// Turns once; `meanwhile` happens after the worker has looked for chains for the last time, and
+    /// before it asks for kicks.
+    ///
+    /// # Panics
+    /// As [`turn`](Self::turn).
+    pub fn turn_with(&mut self, meanwhile: impl FnOnce(&Kernel)) -> bool {
         self.now_ns += self.random.within(1..TURN_MAX_NS);
         if let Some(until_ns) = self.asleep {
             let is_over = until_ns.is_some_and(|until_ns| until_ns <= self.now_ns);
@@ -116,7 +125,9 @@ impl<D: Device> Stage<D> {
             }
         }
         let looks = self.random.once_in(2);
-        let rest = self.worker.turn(self.now_ns, looks).expect("an engine that never fails");
+        let Self { worker, kernel, .. } = self;
+        let rest = worker.turn(self.now_ns, looks, || meanwhile(kernel));
+        let rest = rest.expect("an engine that never fails");
         self.asleep = match rest {
             Rest::None => None,
             Rest::Sleep(limit) => Some(limit.map(|limit| self.now_ns + limit.as_nanos() as u64)),

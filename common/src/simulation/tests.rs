@@ -3,7 +3,7 @@
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
-use super::{Driver, Guest, Layout, Random, Stage, each_seed};
+use super::{Driver, Guest, Kernel, Layout, Random, Stage, each_seed};
 use crate::device::{Account, Device, DeviceQueue, QueueIo};
 use crate::engine::{Completion, FileIndex, Op};
 use crate::virtqueue::{Chain, VIRTIO_F_EVENT_IDX, VIRTIO_F_INDIRECT_DESC};
@@ -61,6 +61,8 @@ impl DeviceQueue for EchoQueue {
         let chain = self.out[usize::from(done.token.slot)].take().expect("a chain that is out");
         let written = io.writable(&chain).len_bytes() as u32;
         io.finish(chain, written, Account { kind: 0, bytes: 0, failed: false });
+        // A queue may pop whenever it is called.
+        self.process(io);
     }
 }
 
@@ -115,8 +117,10 @@ impl Play {
         let queue = index as u16;
         let sleeper = &mut sleepers[index];
         match random.within(0..8) {
-            0 | 1 => sleeper.send(queue, stage, random),
-            2 | 3 => drop(stage.turn()),
+            0 | 1 => sleeper.send(queue, stage.kernel(), random),
+            2 => drop(stage.turn()),
+            // The driver is quicker than the worker's last look.
+            3 => drop(stage.turn_with(|kernel| sleeper.send(queue, kernel, random))),
             4 | 5 => {
                 let held = stage.kernel().held();
                 if !held.is_empty() {
@@ -159,7 +163,7 @@ impl Play {
 }
 
 impl Sleeper {
-    fn send(&mut self, queue: u16, stage: &mut Stage<Echo>, random: &mut Random) {
+    fn send(&mut self, queue: u16, kernel: &Kernel, random: &mut Random) {
         let at = 0x4000 * u64::from(queue) + 0x1000;
         for _ in 0..random.within(1..4) {
             let table = random.once_in(2).then_some(at + 0x1000 + 0x100 * (self.waits_for % 16));
@@ -169,7 +173,7 @@ impl Sleeper {
             }
         }
         if self.driver.publish() {
-            stage.kernel().kick(queue);
+            kernel.kick(queue);
         }
     }
 

@@ -77,11 +77,18 @@ impl<D: Device> ManualWorker<D> {
     }
 
     /// One turn at `now_ns`. `looks`: before it sleeps, the worker looks for work, at this moment.
-    pub(crate) fn turn(&mut self, now_ns: u64, looks: bool) -> io::Result<Rest> {
+    /// `meanwhile`: what happens between that and the worker's asking for kicks.
+    pub(crate) fn turn(
+        &mut self,
+        now_ns: u64,
+        looks: bool,
+        meanwhile: impl FnOnce(),
+    ) -> io::Result<Rest> {
         let Some(wait) = self.worker.turn(now_ns, &mut self.arrived)? else {
             unreachable!("nobody told the worker to quit");
         };
         let found = looks && wait == Wait::Forever && self.look()?;
+        meanwhile();
         let sleeps = wait != Wait::No && !found && self.worker.arm();
         self.worker.engine.turn(if sleeps { wait } else { Wait::No }, &mut self.arrived)?;
         Ok(match wait {

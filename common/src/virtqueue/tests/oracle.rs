@@ -122,7 +122,7 @@ fn descriptors(index: u16, entries: u16) -> impl Strategy<Value = Raw> {
         1 => (
             prop::sample::select(&TABLES[..]),
             (1..=TABLE_ENTRIES as u32).prop_map(|entries| 16 * entries),
-            Just(INDIRECT),
+            prop::sample::select(&[INDIRECT, INDIRECT, INDIRECT, INDIRECT | NEXT][..]),
             Just(0),
         ),
         2 => (addresses(), lengths(), flags, next),

@@ -38,7 +38,7 @@ fn device(mode: Mode, queue_count: u16) -> BlockDevice {
 #[test]
 fn each_request_is_answered_once_and_reads_what_may_be_there() {
     let (mut done, mut failed, mut refused, mut bounced, mut restarts) = (0, 0, 0, 0, 0);
-    each_seed(300, |seed| {
+    each_seed(800, |seed| {
         let mut world = World::new(seed, Mode::any(seed), Luck::Any(6));
         for _ in 0..world.random.within(20..600) {
             world.step();
@@ -57,7 +57,7 @@ fn each_request_is_answered_once_and_reads_what_may_be_there() {
 
 #[test]
 fn power_cut_at_any_point_leaves_what_was_promised() {
-    each_seed(150, |seed| {
+    each_seed(400, |seed| {
         let mut world = World::new(seed, Mode::any(seed), Luck::Any(20));
         for _ in 0..4 {
             for _ in 0..world.random.within(1..200) {
@@ -91,14 +91,14 @@ fn fail_each_operation(seed: u64, fate: Fate, each: impl Fn(u64)) {
 
 #[test]
 fn failed_operation_fails_its_request_and_no_other() {
-    each_seed(8, |seed| {
+    each_seed(20, |seed| {
         fail_each_operation(seed, Fate::Failed(Errno::IO), |failed| assert_eq!(failed, 1));
     });
 }
 
 #[test]
 fn interrupted_or_short_operation_fails_nothing() {
-    each_seed(4, |seed| {
+    each_seed(8, |seed| {
         fail_each_operation(seed, Fate::Interrupted, |failed| assert_eq!(failed, 0));
         fail_each_operation(seed, Fate::Short, |failed| assert_eq!(failed, 0));
     });

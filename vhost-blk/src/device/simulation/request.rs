@@ -57,6 +57,8 @@ pub(super) enum Ask {
     GetId,
     /// Something that is refused with this status.
     Refused(u8),
+    /// No request, for it has no room for a status: it breaks the ring.
+    Nothing,
 }
 
 /// The bytes of a request, before they are laid out.
@@ -114,6 +116,9 @@ impl Ask {
         let spans = |random: &mut Random| -> Vec<Span> {
             (0..random.within(1..4)).map(|_| Span::any(scale, random)).collect()
         };
+        if random.once_in(300) {
+            return Self::Nothing;
+        }
         match random.within(0..24) {
             0..8 => Self::Write(span, Mark::Pattern(number)),
             8..15 => Self::Read(span),
@@ -152,6 +157,10 @@ impl Ask {
             Self::GetId => {
                 room_bytes = random.pick(&[21, 21, 30]);
                 header(8, 0)
+            }
+            Self::Nothing => {
+                room_bytes = 0;
+                header(0, 0)
             }
             Self::Refused(status) => {
                 let message = refused(scale.disk_sectors as u64, random);
@@ -234,7 +243,8 @@ impl GuestRequest {
 
     /// Takes an answer apart: nothing but writable bytes has changed, and the status and length are
     /// what they must be.
-    pub(super) fn answer(&self, written_bytes: u32, guest: &Guest) -> Answer {
+    /// What is no request is given back without an answer: `None`.
+    pub(super) fn answer(&self, written_bytes: u32, guest: &Guest) -> Option<Answer> {
         let after = guest.read(self.place, self.before.len());
         let mut data = Vec::new();
         let mut untouched = self.before.clone();
@@ -245,10 +255,13 @@ impl GuestRequest {
             untouched[range.clone()].copy_from_slice(&after[range]);
         }
         assert!(untouched == after, "bytes changed that are not device-writable: {self:?}");
-        let status = data.pop().expect("every request has room for its status");
+        let Some(status) = data.pop() else {
+            assert_eq!(written_bytes, 0, "the length of nothing");
+            return None;
+        };
         assert_eq!(status, self.status(), "the status of {self:?}");
         assert_eq!(written_bytes as usize, self.written(data.len()), "the length of {self:?}");
-        Answer { status, data }
+        Some(Answer { status, data })
     }
 
     fn status(&self) -> u8 {

@@ -7,9 +7,10 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Debug;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use common::engine::Zeroing;
+use common::memory::MemoryMap;
 use common::simulation::{Driver, Guest, Layout, Operation, Random, Stage, Work, chosen_seed};
 use common::virtqueue::{VIRTIO_F_EVENT_IDX, VIRTIO_F_INDIRECT_DESC};
 use rustix::io::Errno;
@@ -57,6 +58,8 @@ struct Progress {
 struct Ring {
     driver: Driver,
     running: bool,
+    /// The driver has broken it.
+    broken: bool,
     /// The available index at which the device began.
     first: u16,
     answered: u16,
@@ -90,6 +93,8 @@ pub(super) struct World {
     /// The number of the next pattern.
     patterns: u32,
     pub(super) answers: Answers,
+    /// Maps of the guest's memory that the device was given.
+    maps: Vec<Weak<MemoryMap>>,
     /// Rings that went on after they had stopped.
     pub(super) restarts: u64,
     is_told: bool,
@@ -132,6 +137,7 @@ impl World {
             rings.push(Ring {
                 driver,
                 running: true,
+                broken: false,
                 first,
                 answered: 0,
                 requests: BTreeMap::new(),
@@ -160,6 +166,7 @@ impl World {
             now: 1,
             patterns: 1,
             answers: Answers::default(),
+            maps: Vec::new(),
             restarts: 0,
             is_told: chosen_seed().is_some(),
         }
@@ -182,11 +189,8 @@ impl World {
             13..17 => drop(self.end_one()),
             17 | 18 => drop(self.look(index)),
             _ if self.random.once_in(4) => self.switch_cache(),
-            _ if self.random.once_in(4) && self.rings[index].running => {
-                self.tell("stop", &index);
-                self.stage.stop(index as u16);
-                self.rings[index].running = false;
-            }
+            _ if self.random.once_in(4) => self.stop(index),
+            _ if self.random.once_in(4) => self.replace_memory(),
             _ => drop(self.restart(index)),
         }
     }
@@ -281,7 +285,10 @@ impl World {
             ring.places.push(request.place);
             self.tell("answered", &(index, used, request.failed, &request.ask));
             let answer = request.answer(used.written_bytes, &self.guest);
-            self.judge(&request, answer);
+            match answer {
+                Some(answer) => self.judge(&request, answer),
+                None => self.rings[index].broken = true,
+            }
             self.now += 1;
         }
     }
@@ -514,6 +521,24 @@ impl World {
         called
     }
 
+    /// The front end stops a ring.
+    fn stop(&mut self, index: usize) {
+        if std::mem::take(&mut self.rings[index].running) {
+            self.tell("stop", &index);
+            self.stage.stop(index as u16);
+        }
+    }
+
+    /// The front end sends its memory anew.
+    fn replace_memory(&mut self) {
+        let map = self.guest.map_again();
+        let running = self.rings.iter().enumerate().filter(|(_, ring)| ring.running);
+        for (index, _) in running {
+            self.stage.set_memory(index as u16, Arc::clone(&map));
+        }
+        self.maps.push(Arc::downgrade(&map));
+    }
+
     /// A ring that has stopped goes on from its base; true when it does.
     fn restart(&mut self, index: usize) -> bool {
         let Some(base) = self.stage.stopped(index as u16) else { return false };
@@ -527,7 +552,7 @@ impl World {
         self.tell("restart", &(index, base));
         let ring = &mut self.rings[index];
         self.stage.start(index as u16, ring.driver.setup(base)).expect("a ring");
-        ring.running = true;
+        (ring.running, ring.broken) = (true, false);
         self.restarts += 1;
         true
     }
@@ -541,6 +566,11 @@ impl World {
             }
             for index in 0..self.rings.len() {
                 goes_on |= self.look(index) || self.restart(index);
+                // A front end that hears of a broken ring starts it anew.
+                if self.rings[index].broken && self.rings[index].running {
+                    self.stop(index);
+                    goes_on = true;
+                }
             }
             if !goes_on {
                 break;
@@ -551,6 +581,11 @@ impl World {
             assert!(asleep.is_none(), "ring {index} sleeps over {asleep:?}");
         }
         assert_eq!(self.counted(), self.answers);
+        assert!(self.stage.is_settled(), "replaced memory stays in use");
+        let last = self.maps.pop();
+        let kept = self.maps.iter().filter(|map| map.strong_count() > 0).count();
+        assert_eq!(kept, 0, "replaced memory stays mapped");
+        self.maps.extend(last);
         self.check_power_cut();
     }
 
