@@ -87,3 +87,51 @@ impl Completions {
         self.events.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+    use super::Completions;
+    use crate::engine::{Event, Subject};
+
+    fn event() -> Event {
+        Event { subject: Subject::Mail, result: 0, more: false }
+    }
+
+    fn has_rung(completions: &Completions) -> bool {
+        let mut bell = [PollFd::new(completions.bell(), PollFlags::IN)];
+        poll(&mut bell, Some(&Timespec::default())).unwrap() > 0
+    }
+
+    #[test]
+    fn worker_does_not_fall_asleep_over_what_came_a_moment_before() {
+        let completions = Completions::new().unwrap();
+        completions.push(event());
+        assert!(!completions.fall_asleep());
+        completions.wake_up();
+        let mut taken = Vec::new();
+        completions.take(&mut taken);
+        assert_eq!((taken.len(), completions.has_any()), (1, false));
+        assert!(completions.fall_asleep());
+    }
+
+    #[test]
+    fn bell_rings_for_who_sleeps_and_for_nobody_else() {
+        let completions = Completions::new().unwrap();
+        completions.push(event());
+        completions.take(&mut Vec::new());
+        assert!(completions.fall_asleep());
+        completions.wake_up();
+        completions.push(event());
+        assert!(!has_rung(&completions), "a system call for a worker that is awake");
+        completions.take(&mut Vec::new());
+        assert!(completions.fall_asleep());
+        completions.push(event());
+        completions.push(event());
+        assert!(has_rung(&completions));
+        let mut count = [0; 8];
+        rustix::io::read(completions.bell(), &mut count).unwrap();
+        assert_eq!(u64::from_ne_bytes(count), 1, "rings for two events");
+    }
+}

@@ -197,13 +197,13 @@ fn work<J: Send + 'static>(shared: &Arc<Shared<J>>, lasting: bool) {
 #[cfg(test)]
 mod tests {
     use std::sync::mpsc::{Receiver, Sender, channel};
-    use std::sync::{Arc, Barrier};
+    use std::sync::{Arc, Mutex};
     use std::time::{Duration, Instant};
 
     use super::{Limits, Pool};
 
     /// After that long a test that waits has failed.
-    const PATIENCE: Duration = Duration::from_secs(60);
+    const PATIENCE: Duration = Duration::from_secs(20);
     const LONG: Duration = Duration::from_secs(3600);
 
     fn limits(thread_count: usize, idle: Duration) -> Limits {
@@ -223,16 +223,25 @@ mod tests {
         }
     }
 
+    /// Lets jobs end; all of them when it is dropped, so that a failed test ends.
+    struct Gate(Sender<()>);
+
+    impl Gate {
+        fn let_go(&self, count: usize) {
+            (0..count).for_each(|_| self.0.send(()).unwrap());
+        }
+    }
+
     /// A pool whose jobs say that they have begun and then wait to be let go.
-    fn held(limits: Limits) -> (Pool<u32>, Receiver<u32>, Arc<Barrier>) {
+    fn held(limits: Limits) -> (Pool<u32>, Receiver<u32>, Gate) {
         let (begun, beginnings): (Sender<u32>, _) = channel();
-        let gate = Arc::new(Barrier::new(limits.thread_count + 1));
-        let at = Arc::clone(&gate);
+        let (gate, let_go) = channel();
+        let let_go = Mutex::new(let_go);
         let pool = Pool::start(limits, move |job| {
             let _ = begun.send(job);
-            at.wait();
+            let _ = let_go.lock().unwrap().recv();
         });
-        (pool.unwrap(), beginnings, gate)
+        (pool.unwrap(), beginnings, Gate(gate))
     }
 
     #[test]
@@ -264,11 +273,10 @@ mod tests {
             beginnings.recv_timeout(PATIENCE).unwrap();
         }
         assert_eq!((counts(&pool).0, beginnings.try_recv().ok()), (3, None));
-        gate.wait();
+        gate.let_go(3);
         for _ in 0..3 {
             beginnings.recv_timeout(PATIENCE).unwrap();
         }
-        gate.wait();
     }
 
     #[test]
@@ -279,7 +287,7 @@ mod tests {
             for _ in 0..3 {
                 beginnings.recv_timeout(PATIENCE).unwrap();
             }
-            gate.wait();
+            gate.let_go(3);
             wait_until("one thread is left", || counts(&pool).0 == 1);
         }
     }
@@ -290,13 +298,11 @@ mod tests {
         pool.hand_over(&mut vec![0, 1]);
         beginnings.recv_timeout(PATIENCE).unwrap();
         beginnings.recv_timeout(PATIENCE).unwrap();
-        gate.wait();
+        gate.let_go(2);
         wait_until("both are idle", || counts(&pool) == (2, 2));
         pool.hand_over(&mut vec![2]);
         beginnings.recv_timeout(PATIENCE).unwrap();
         assert_eq!(counts(&pool), (2, 1));
-        pool.hand_over(&mut vec![3]);
-        gate.wait();
     }
 
     #[test]
@@ -308,7 +314,7 @@ mod tests {
         let end = std::thread::spawn(move || drop(pool));
         wait_until("the pool is closing", || closing.lock().closing);
         assert!(!end.is_finished());
-        gate.wait();
+        gate.let_go(1);
         end.join().unwrap();
         drop(closing);
         assert!(beginnings.recv_timeout(PATIENCE).is_err(), "the second job was performed");
