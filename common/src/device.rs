@@ -48,11 +48,13 @@
 //! ```
 
 use std::os::fd::BorrowedFd;
+use std::time::Duration;
 
 use rustix::io::Errno;
 
 use crate::engine::{Completion, Engine, Op, Token};
 use crate::metrics::QueueMetrics;
+use crate::rate_limit::{Cost, Direction, Place, RateLimits};
 use crate::virtqueue::{Buffers, Chain, RingError, Virtqueue};
 
 /// Chains that a ring may pop in one turn of its worker's loop, so that no ring starves another.
@@ -82,16 +84,55 @@ pub trait Device: Send + Sync + 'static {
     }
     /// The driver has reset the device: no ring runs, and no feature is acknowledged any more.
     fn reset(&self) {}
-    /// Looks again at what the device is made of (a grown disk): true when the configuration
-    /// space has changed and the driver is to be told.
-    fn refresh(&self) -> bool {
-        false
+    /// Looks again at how large the device is (a grown disk), and takes what it has found for its
+    /// size from then on; on the main thread, at any time.
+    ///
+    /// # Errors
+    /// The size stays as it was: there is none, or it cannot be what was found.
+    fn refresh(&self) -> Result<Refreshed, NotRefreshed> {
+        Err(NotRefreshed::NoSize)
+    }
+    /// How often to [refresh](Self::refresh) without being asked; `None`: never.
+    fn refresh_interval(&self) -> Option<Duration> {
+        None
     }
     /// The files that operations name by their place here.
     fn files(&self) -> Vec<BorrowedFd<'_>>;
     /// Opens the queue at `index` with `queue_size` entries for a driver that acknowledged
     /// `features`.
     fn open_queue(&self, index: u16, features: u64, queue_size: u16) -> Self::Queue;
+}
+
+/// What [`Device::refresh`] has found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refreshed {
+    /// The size of before.
+    Unchanged {
+        /// Which is this.
+        capacity_bytes: u64,
+    },
+    /// More: the configuration space says so by now, and the driver is to be told.
+    Grown {
+        /// What it was.
+        before_bytes: u64,
+        /// What it is.
+        capacity_bytes: u64,
+    },
+}
+
+/// Why a device keeps its size.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "the messages say what the fields are")]
+pub enum NotRefreshed {
+    #[error(
+        "it has shrunk from {capacity_bytes} to {found_bytes} bytes, and a driver cannot lose what \
+         it was promised: requests beyond the end will fail"
+    )]
+    Shrunk { capacity_bytes: u64, found_bytes: u64 },
+    #[error("it cannot be measured")]
+    Unmeasured(#[source] std::io::Error),
+    #[error("it has no size")]
+    NoSize,
 }
 
 /// One ring's half of a device, owned by one worker.
@@ -142,6 +183,7 @@ pub struct QueueIo<'a> {
     pub(crate) ring: &'a mut Virtqueue,
     pub(crate) engine: &'a mut dyn Engine,
     pub(crate) metrics: &'a QueueMetrics,
+    pub(crate) limits: &'a RateLimits,
     pub(crate) state: &'a mut Turn,
     /// The queue's place on its worker, which the engine gives back with a completion.
     pub(crate) queue: u16,
@@ -154,8 +196,13 @@ pub(crate) struct Turn {
     pub(crate) now_ns: u64,
     /// Chains that may still be popped in this turn.
     pub(crate) budget: u32,
-    /// The budget ended before the chains did: come back without a kick.
+    /// The budget ended before the chains did, or the device asked for it: come back without a
+    /// kick.
     pub(crate) more: bool,
+    /// A request was over its limit: come back at this time, without a kick.
+    pub(crate) throttled_until_ns: Option<u64>,
+    /// The line in which that request stands.
+    pub(crate) place: Option<Place>,
     /// The device wants a chain and there is none: a kick is wanted.
     pub(crate) dry: bool,
     /// The driver was asked for a kick, and no chain has been popped since.
@@ -173,10 +220,11 @@ pub(crate) struct Turn {
 }
 
 impl QueueIo<'_> {
-    /// The next chain that the driver made available, or `None`: there is none, or it is another
-    /// ring's turn. In both cases the runtime calls [`DeviceQueue::process`] again in time.
+    /// The next chain that the driver made available, or `None`: there is none, it is another
+    /// ring's turn, or the one before was over its limit. In each case the runtime calls
+    /// [`DeviceQueue::process`] again in time.
     pub fn pop(&mut self) -> Option<Chain> {
-        if self.state.stopping {
+        if self.state.stopping || self.state.throttled_until_ns.is_some() {
             return None;
         }
         if self.state.budget == 0 {
@@ -194,6 +242,21 @@ impl QueueIo<'_> {
             Err(fault) => self.break_off(fault),
         }
         None
+    }
+
+    /// Whether the device's limits let a request go now; it counts as one operation, and as `bytes`
+    /// of data. Where they do not, the chain that was popped last is that request: it is to be
+    /// retracted at once, and is popped again when its time has come.
+    pub fn admit(&mut self, direction: Direction, bytes: u64) -> bool {
+        let cost = Cost { direction, bytes };
+        match self.limits.admit(&mut self.state.place, cost, self.state.now_ns) {
+            Ok(()) => true,
+            Err(wait) => {
+                self.metrics.throttled.add(u64::from(wait.is_first));
+                self.state.throttled_until_ns = Some(wait.until_ns);
+                false
+            }
+        }
     }
 
     /// The driver broke the ring's rules: it gives no more chains.
@@ -220,9 +283,7 @@ impl QueueIo<'_> {
     /// False where all of the ring are out: then some chain has an operation under way, and when it
     /// ends there is one. Until then the queue [retracts](Self::retract) what it has popped.
     pub fn give_bounce(&mut self, chain: &Chain) -> bool {
-        let given = self.ring.give_bounce(chain);
-        self.metrics.bounced.add(u64::from(given));
-        given
+        self.ring.give_bounce(chain)
     }
 
     /// The chain's bounce buffer; no bytes where it has none.
@@ -259,6 +320,8 @@ impl QueueIo<'_> {
 
     /// Ends a chain: the driver gets it back with `written_bytes` of its writable part filled.
     pub fn finish(&mut self, chain: Chain, written_bytes: u32, account: Account) {
+        let bounced = self.ring.bounce(&chain).len_bytes() > 0;
+        self.metrics.bounced.add(u64::from(bounced));
         let popped_ns = self.ring.used(chain, written_bytes);
         let kind = &self.metrics.kinds[account.kind];
         kind.requests.add(1);

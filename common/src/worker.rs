@@ -29,6 +29,7 @@ use crate::device::{Device, HostFault};
 use crate::engine::{Completion, Engine, EngineError, EngineKind, Event, Subject, Wait};
 use crate::memory::MemoryMap;
 use crate::metrics::{Metrics, QueueMetrics};
+use crate::rate_limit::{Change, RateLimits, Unit};
 use crate::virtqueue::{RingError, Virtqueue};
 
 /// The longest sleep between two looks at a ring that has no kick.
@@ -89,6 +90,7 @@ enum Command<Q> {
     SetCall { index: u16, call: Option<Arc<OwnedFd>> },
     SetError { index: u16, error: Option<Arc<OwnedFd>> },
     SetMemory { index: u16, memory: Arc<MemoryMap>, settled: oneshot::Sender<()> },
+    LimitsChanged,
     Quit,
 }
 
@@ -98,16 +100,39 @@ struct Thread<Q> {
     handle: JoinHandle<()>,
 }
 
+/// Changes the limits of rings that run.
+pub struct Throttle<Q> {
+    limits: Arc<RateLimits>,
+    mailboxes: Vec<Arc<Mailbox<Command<Q>>>>,
+}
+
+impl<Q> Throttle<Q> {
+    /// Changes limits at once, also for requests that wait. From one thread at a time.
+    pub fn change(&self, changes: &[(Unit, Change)]) {
+        for (unit, change) in changes {
+            self.limits.change(*unit, change);
+        }
+        self.mailboxes.iter().for_each(|mailbox| mailbox.send(Command::LimitsChanged));
+    }
+
+    /// The limits.
+    pub fn limits(&self) -> &RateLimits {
+        &self.limits
+    }
+}
+
 /// The worker threads of a device.
 pub struct Workers<D: Device> {
     device: Arc<D>,
     threads: Vec<Thread<D::Queue>>,
     queues: Vec<Arc<QueueMetrics>>,
+    limits: Arc<RateLimits>,
     running: Vec<bool>,
 }
 
 impl<D: Device> Workers<D> {
-    /// Starts `count` workers with an engine of this kind each; their events come out of the second value.
+    /// Starts `count` workers with an engine of this kind each, which count into `metrics` and keep
+    /// the limits that it shows; their events come out of the second value.
     ///
     /// # Errors
     /// A thread or its engine could not be set up.
@@ -119,12 +144,21 @@ impl<D: Device> Workers<D> {
     ) -> Result<(Self, mpsc::Receiver<WorkerEvent>), EngineError> {
         let (events, receiver) = mpsc::channel(EVENT_BACKLOG);
         let mut threads = Vec::new();
+        // One clock for all: they share limits.
+        let began = Instant::now();
         for number in 0..count.max(1) {
-            threads.push(spawn(number, Arc::clone(&device), engine, events.clone())?);
+            threads.push(spawn(number, Arc::clone(&device), engine, events.clone(), began)?);
         }
         let queues = metrics.queues.clone();
+        let limits = Arc::clone(&metrics.limits);
         let running = vec![false; queues.len()];
-        Ok((Self { device, threads, queues, running }, receiver))
+        Ok((Self { device, threads, queues, limits, running }, receiver))
+    }
+
+    /// What changes the limits of all rings.
+    pub fn throttle(&self) -> Throttle<D::Queue> {
+        let mailboxes = self.threads.iter().map(|thread| Arc::clone(&thread.mailbox)).collect();
+        Throttle { limits: Arc::clone(&self.limits), mailboxes }
     }
 
     /// Gives a ring to its worker. It must not be running.
@@ -133,7 +167,8 @@ impl<D: Device> Workers<D> {
         assert!(!self.running[usize::from(index)], "ring {index} is started once");
         let queue = self.device.open_queue(index, start.features, start.ring.size());
         let metrics = Arc::clone(&self.queues[usize::from(index)]);
-        let active = Box::new(ActiveRing::new(start, queue, metrics));
+        let limits = Arc::clone(&self.limits);
+        let active = Box::new(ActiveRing::new(start, queue, metrics, limits));
         self.running[usize::from(index)] = true;
         self.post(index, Command::Start(active));
     }
@@ -220,6 +255,7 @@ fn spawn<D: Device>(
     device: Arc<D>,
     engine: EngineKind,
     events: mpsc::Sender<WorkerEvent>,
+    began: Instant,
 ) -> Result<Thread<D::Queue>, EngineError> {
     let mailbox = Mailbox::new().map_err(|error| EngineError::Worker(error.into()))?;
     let mailbox = Arc::new(mailbox);
@@ -232,7 +268,7 @@ fn spawn<D: Device>(
             match engine.open(files) {
                 Ok(engine) => {
                     let _ = ready.send(Ok(()));
-                    Worker::<D>::new(engine, device.queue_count(), mailbox, events).run();
+                    Worker::<D>::new(engine, device.queue_count(), mailbox, events, began).run();
                 }
                 Err(error) => {
                     let _ = ready.send(Err(error));
@@ -256,6 +292,8 @@ struct Worker<D: Device> {
     began: Instant,
     /// The last sleep between two looks at rings that have no kick.
     idle: Duration,
+    /// The ring that the next turn begins with.
+    first: usize,
 }
 
 impl<D: Device> Worker<D> {
@@ -264,9 +302,10 @@ impl<D: Device> Worker<D> {
         queue_count: u16,
         mailbox: Arc<Mailbox<Command<D::Queue>>>,
         events: mpsc::Sender<WorkerEvent>,
+        began: Instant,
     ) -> Self {
         let rings = (0..queue_count).map(|_| None).collect();
-        Self { engine, rings, mailbox, events, began: Instant::now(), idle: Duration::ZERO }
+        Self { engine, rings, mailbox, events, began, idle: Duration::ZERO, first: 0 }
     }
 
     fn run(mut self) {
@@ -289,11 +328,8 @@ impl<D: Device> Worker<D> {
             let now_ns = self.now_ns();
             match self.turn(now_ns, &mut events)? {
                 None => return Ok(()),
-                Some(Wait::Forever) => self.rest(&mut spin, &mut events)?,
-                Some(Wait::AtMost(limit)) if self.arm() => {
-                    self.engine.turn(Wait::AtMost(limit), &mut events)?;
-                }
-                Some(Wait::AtMost(_) | Wait::No) => self.engine.turn(Wait::No, &mut events)?,
+                Some(Wait::No) => self.engine.turn(Wait::No, &mut events)?,
+                Some(wait) => self.rest(wait, &mut spin, &mut events)?,
             }
         }
     }
@@ -306,19 +342,38 @@ impl<D: Device> Worker<D> {
                 return Ok(None);
             }
         }
-        let mut popped = false;
-        for ring in self.rings.iter_mut().flatten().filter(|ring| ring.is_runnable()) {
-            popped |= ring.process(now_ns, &mut *self.engine);
-        }
+        let popped = self.process(now_ns);
         self.close_turn()?;
         // Kicks are not asked for while a turn does not sleep, so look: another ring's work must
         // not starve this one.
         self.look_for_chains();
-        Ok(Some(self.how_long(popped)))
+        Ok(Some(self.how_long(now_ns, popped)))
+    }
+
+    /// Lets rings pop; true when one did. Who was the first is the last the next time, because the
+    /// first finds most room in limits that they share.
+    fn process(&mut self, now_ns: u64) -> bool {
+        let (before, from) = self.rings.split_at_mut(self.first);
+        let mut popped = false;
+        let mut first = None;
+        for ring in from.iter_mut().chain(before).flatten() {
+            ring.tick(now_ns);
+            if ring.is_runnable() {
+                first = first.or(Some(usize::from(ring.index())));
+                popped |= ring.process(now_ns, &mut *self.engine);
+            }
+        }
+        self.first = first.map_or(self.first, |first| (first + 1) % self.rings.len());
+        popped
     }
 
     /// Waits for the next thing to happen: looks for it while that is likely to pay, then sleeps.
-    fn rest(&mut self, spin: &mut Spin, events: &mut Vec<Event>) -> std::io::Result<()> {
+    fn rest(
+        &mut self,
+        wait: Wait,
+        spin: &mut Spin,
+        events: &mut Vec<Event>,
+    ) -> std::io::Result<()> {
         if spin.is_worth_it() {
             self.engine.send()?;
             let Self { engine, rings, .. } = self;
@@ -334,8 +389,11 @@ impl<D: Device> Worker<D> {
             return self.engine.turn(Wait::No, events);
         }
         let asleep = Instant::now();
-        self.engine.turn(Wait::Forever, events)?;
-        spin.slept(asleep.elapsed());
+        self.engine.turn(wait, events)?;
+        // What only the clock has ended tells nothing of how soon work comes.
+        if !events.is_empty() {
+            spin.slept(asleep.elapsed());
+        }
         Ok(())
     }
 
@@ -353,7 +411,7 @@ impl<D: Device> Worker<D> {
     }
 
     fn now_ns(&self) -> u64 {
-        u64::try_from(self.began.elapsed().as_nanos()).unwrap_or(u64::MAX)
+        nanoseconds(self.began.elapsed())
     }
 
     /// Serves one event; false when it is time to quit.
@@ -404,6 +462,10 @@ impl<D: Device> Worker<D> {
         while let Some(command) = self.mailbox.take() {
             let (index, command) = match command {
                 Command::Quit => return Ok(false),
+                Command::LimitsChanged => {
+                    self.rings.iter_mut().flatten().for_each(ActiveRing::limits_changed);
+                    continue;
+                }
                 Command::Start(mut ring) => {
                     ring.start(&mut *self.engine)?;
                     let index = usize::from(ring.index());
@@ -421,7 +483,7 @@ impl<D: Device> Worker<D> {
                     Command::SetCall { call, .. } => ring.set_call(call, &mut *self.engine)?,
                     Command::SetError { error, .. } => ring.set_error(error, &mut *self.engine)?,
                     Command::SetMemory { memory, settled, .. } => ring.set_memory(memory, settled),
-                    Command::Start(_) | Command::Quit => {}
+                    Command::Start(_) | Command::LimitsChanged | Command::Quit => {}
                 }
             }
         }
@@ -451,20 +513,29 @@ impl<D: Device> Worker<D> {
     }
 
     /// How long the next turn may sleep. Rings without a kick are looked at again at once while
-    /// they bring work, then ever more rarely.
-    fn how_long(&mut self, popped: bool) -> Wait {
+    /// they bring work, then ever more rarely; those that wait for a limit when they may go on.
+    fn how_long(&mut self, now_ns: u64, popped: bool) -> Wait {
+        for ring in self.rings.iter_mut().flatten().filter(|ring| ring.is_polled()) {
+            if popped {
+                self.idle = Duration::ZERO;
+                ring.look();
+            } else if ring.due_ns().is_none() {
+                self.idle = (self.idle * 2).clamp(POLL_MIN, POLL_MAX);
+                ring.look_at(now_ns.saturating_add(nanoseconds(self.idle)));
+            }
+        }
         if self.rings.iter().flatten().any(ActiveRing::is_runnable) {
             return Wait::No;
         }
-        let mut wait = Wait::Forever;
-        for ring in self.rings.iter_mut().flatten().filter(|ring| ring.is_polled()) {
-            ring.look();
-            let idle = &mut self.idle;
-            *idle = if popped { Duration::ZERO } else { (*idle * 2).clamp(POLL_MIN, POLL_MAX) };
-            wait = if popped { Wait::No } else { Wait::AtMost(*idle) };
+        match self.rings.iter().flatten().filter_map(ActiveRing::due_ns).min() {
+            Some(due_ns) => Wait::AtMost(Duration::from_nanos(due_ns.saturating_sub(now_ns))),
+            None => Wait::Forever,
         }
-        wait
     }
+}
+
+fn nanoseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
 }
 
 /// Never waits: the control plane may itself be waiting for this worker.

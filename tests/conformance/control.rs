@@ -25,9 +25,14 @@ fn command(reader: &mut BufReader<UnixStream>, line: &str) -> Value {
         .unwrap_or_else(|error| panic!("{line:?} was answered by {reply:?}: {error}"))
 }
 
+/// One command to our daemon, and its reply.
+pub(crate) fn ask(subject: &Subject, line: &str) -> Value {
+    command(&mut BufReader::new(connect(subject)), &format!("{line}\n"))
+}
+
 /// All counters of our daemon.
 pub(crate) fn stats(subject: &Subject) -> Value {
-    let mut reply = command(&mut BufReader::new(connect(subject)), "{\"command\":\"stats\"}\n");
+    let mut reply = ask(subject, "{\"command\":\"stats\"}");
     let stats = reply["ok"].take();
     assert!(stats.is_object(), "stats were answered by {reply}");
     stats
@@ -163,6 +168,11 @@ fn nonsense_is_answered_and_does_no_harm() {
     for line in ["{\"command\":\"explode\"}\n", "{}\n", "[]\n", "{\"command\":7}\n"] {
         let reply = command(&mut reader, line);
         assert!(reply.get("error").is_some(), "{line:?} was answered by {reply}");
+    }
+    for known in ["stats", "limit", "resize"] {
+        let line = format!("{{\"command\":\"{known}\",\"nonsense\":1}}\n");
+        let error = command(&mut reader, &line)["error"].to_string();
+        assert!(error.contains("unknown field `nonsense`"), "{line:?} was answered by {error}");
     }
     assert!(
         command(&mut reader, "{\"command\":\"stats\"}\n").get("ok").is_some(),

@@ -6,6 +6,7 @@
 //! - [`life`], [`activation`], [`access`], [`image`], [`control`]: the process, its sockets, its
 //!   image and its counters; these are about our own command line.
 //! - [`engine`]: which engine is chosen, on hosts that forbid io_uring, too.
+//! - [`limits`], [`resize`]: requests that are held to a rate, and a disk that grows while it is used.
 //! - [`host_limits`]: a host that takes less than it is given, or cannot do what others can.
 //! - [`stability`]: whether data is on storage when the driver may count on it; [`cache`]: what the
 //!   driver is told of that, and may switch.
@@ -52,6 +53,7 @@ mod hostile_rings;
 mod image;
 mod launch;
 mod life;
+mod limits;
 mod memory_in_use;
 mod memory_table;
 mod negotiation;
@@ -60,6 +62,7 @@ mod offers;
 mod openmetrics;
 mod release;
 mod requests;
+mod resize;
 mod ring_attack;
 mod ring_fields;
 mod rings;

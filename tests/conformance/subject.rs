@@ -17,7 +17,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use tests::{Daemon, DaemonCommand, TempDir, temp_dir};
 
 /// Names the command line of another back end.
@@ -222,6 +222,16 @@ impl Subject {
             Process::Ours(daemon) => (daemon, self.directory),
             Process::Another(_) => panic!("this suite is about our own daemon"),
         }
+    }
+
+    /// CPU time that the process has used, by a clock of 100 Hz in general.
+    pub(crate) fn cpu_time(&self) -> Duration {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.id())).expect("it lives");
+        let (_, fields) = stat.rsplit_once(") ").expect("a name in brackets");
+        // proc_pid_stat(5): utime and stime are fields 14 and 15; the state, field 3, comes first here.
+        let ticks = fields.split(' ').skip(11).take(2).map(|field| field.parse::<u64>());
+        let ticks: u64 = ticks.sum::<Result<_, _>>().expect("numbers");
+        Duration::from_millis(1000 * ticks / rustix::param::clock_ticks_per_second())
     }
 
     /// Entries of a directory of the process in `/proc`: its descriptors (`fd`) or its threads

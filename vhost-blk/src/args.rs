@@ -10,6 +10,7 @@
 
 use std::ffi::OsString;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, Parser};
@@ -23,6 +24,9 @@ use crate::disk::{CacheMode, DiskSpec, OpenOptions};
 /// A guest uses one queue per virtual CPU at most, and VMMs stop at about this number of CPUs; each
 /// queue costs its share of memory and descriptors before it is used.
 const QUEUE_COUNT_MAX: i64 = 256;
+
+/// Seconds between two looks at the disk's size, at most: a day.
+const WATCH_SECONDS_MAX: u64 = 86_400;
 
 /// Largest size of a split virtqueue.
 // VIRTIO 1.3, 2.7: The maximum Queue Size value is 32768. Queue Size value is always a power of 2.
@@ -45,6 +49,8 @@ pub(crate) struct Options {
     pub(crate) serial: Serial,
     /// How many queues, and how large.
     pub(crate) queues: QueueLimits,
+    /// How often to look whether the disk has grown.
+    pub(crate) watch_size: Option<Duration>,
 }
 
 /// Parses a command line, the program's name first. The error prints itself and knows the exit
@@ -67,6 +73,7 @@ pub(crate) fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Opt
         },
         serial: line.serial.unwrap_or_default(),
         queues: QueueLimits { count: line.num_queues, size_max: line.queue_size },
+        watch_size: line.watch_size.map(Duration::from_secs),
     })
 }
 
@@ -140,6 +147,21 @@ struct CommandLine {
     #[arg(long, value_name = "N", default_value_t = 1024, value_parser = parse_queue_size, help_heading = "Disk options")]
     queue_size: u16,
 
+    /// Look every SECONDS, 1 to 86400, whether the disk has grown; without a number, every second
+    ///
+    /// The guest is told of a larger disk at once. Without this option, or sooner: SIGHUP, or
+    /// {"command":"resize"} on the control socket. A disk that shrinks keeps its size for the guest.
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "1",
+        value_parser = clap::value_parser!(u64).range(1..=WATCH_SECONDS_MAX),
+        help_heading = "Disk options"
+    )]
+    watch_size: Option<u64>,
+
     /// Open the image without locking it, and even if another process has it locked
     ///
     /// The locks are those of QEMU: they keep QEMU's tools and other vhost-blk daemons from writing
@@ -212,6 +234,17 @@ Examples:
     vhost-blk --socket-path /run/vm1/db.sock --blk-file /dev/vg0/db \\
       --cache none --logical-block-size 4096
 
+  At most 2000 reads and 500 writes a second, or more of them for a moment
+  after a pause, and 100 MiB a second; then another limit while it runs:
+    vhost-blk --socket-path /run/vm1/disk.sock --blk-file disk.img \\
+      --iops read=2000,write=500/4000 --bps 100M --control /run/vm1/disk.ctl
+    echo '{\"command\":\"limit\",\"bps\":\"200M\"}' | \\
+      socat - UNIX-CONNECT:/run/vm1/disk.ctl
+
+  An image that grows under the running guest, who sees it within a second:
+    vhost-blk --socket-path /run/vm1/disk.sock --blk-file disk.img --watch-size
+    truncate --size +10G disk.img
+
   One image, read by many guests:
     vhost-blk --socket-path /run/vm2/base.sock --blk-file base.img \\
       --read-only --serial base-12
@@ -261,6 +294,7 @@ mod tests {
         assert_eq!(options.open.cache, CacheMode::Writeback);
         assert_eq!(options.serial, Serial::default());
         assert_eq!(options.queues, QueueLimits { count: 1, size_max: 1024 });
+        assert_eq!(options.watch_size, None);
     }
 
     #[test]
@@ -283,6 +317,14 @@ mod tests {
     }
 
     #[test]
+    fn size_is_watched_every_second_or_as_often_as_is_said() {
+        let watch = |words| parse_words(words).unwrap().watch_size.map(|every| every.as_secs());
+        assert_eq!(watch("--watch-size --blk-file a"), Some(1));
+        assert_eq!(watch("--blk-file a --watch-size=60"), Some(60));
+        assert!(refused("--blk-file a --watch-size 60").contains("60"));
+    }
+
+    #[test]
     fn blk_file_is_short_for_disk_file() {
         let disk = |words| parse_words(words).unwrap().disk;
         assert_eq!(disk("--blk-file /a:b"), disk("--disk file:/a:b"));
@@ -300,6 +342,8 @@ mod tests {
         for wrong in [
             "--disk null:513",
             "--disk disk.img",
+            "--blk-file a --watch-size=0",
+            "--blk-file a --watch-size=86401",
             "--blk-file a --num-queues 0",
             "--blk-file a --num-queues 257",
             "--blk-file a --queue-size 0",

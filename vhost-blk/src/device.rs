@@ -7,9 +7,11 @@
 
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
+use std::time::Duration;
 
-use common::device::{Account, Device, DeviceQueue, HostFault, QueueIo};
+use common::device::{Account, Device, DeviceQueue, HostFault, NotRefreshed, QueueIo, Refreshed};
 use common::engine::{Completion, Op, Zeroing};
+use common::rate_limit::Direction;
 use common::virtqueue::Chain;
 use rustix::io::Errno;
 
@@ -25,11 +27,17 @@ pub(crate) struct BlockDevice {
     disk: Arc<Disk>,
     serial: Serial,
     queues: QueueLimits,
+    watch_interval: Option<Duration>,
 }
 
 impl BlockDevice {
     pub(crate) fn new(disk: Disk, serial: Serial, queues: QueueLimits) -> Self {
-        Self { disk: Arc::new(disk), serial, queues }
+        Self { disk: Arc::new(disk), serial, queues, watch_interval: None }
+    }
+
+    /// The same, measured so often without being asked.
+    pub(crate) fn watched(self, watch_interval: Option<Duration>) -> Self {
+        Self { watch_interval, ..self }
     }
 }
 
@@ -66,8 +74,12 @@ impl Device for BlockDevice {
         self.disk.reset();
     }
 
-    fn refresh(&self) -> bool {
+    fn refresh(&self) -> Result<Refreshed, NotRefreshed> {
         self.disk.measure_again()
+    }
+
+    fn refresh_interval(&self) -> Option<Duration> {
+        self.watch_interval
     }
 
     fn files(&self) -> Vec<BorrowedFd<'_>> {
@@ -188,6 +200,10 @@ impl BlockQueue {
         let bounced = self.needs_bounce(&chain, request, len_bytes, io);
         if bounced && !io.give_bounce(&chain) {
             self.starved = true;
+            return io.retract(chain);
+        }
+        // Last: what is admitted has paid, and is not put back.
+        if !is_admitted(request, len_bytes, io) {
             return io.retract(chain);
         }
         let (step, done, volatile) = (Step::Sync, 0, false);
@@ -393,6 +409,17 @@ impl BlockQueue {
             _ => 0,
         };
         answer(work.chain, status, Moved { kind, bytes: work.done, filled }, io);
+    }
+}
+
+/// Whether the limits let a request go. One that changes the disk without data is a write of no
+/// bytes; a flush is free, since it only makes a guest wait that wants to.
+fn is_admitted(request: Request, len_bytes: u64, io: &mut QueueIo<'_>) -> bool {
+    match request {
+        Request::Read { .. } => io.admit(Direction::ToDriver, len_bytes),
+        Request::Write { .. } => io.admit(Direction::FromDriver, len_bytes),
+        Request::Discard | Request::WriteZeroes => io.admit(Direction::FromDriver, 0),
+        Request::Flush | Request::GetId => true,
     }
 }
 

@@ -31,7 +31,9 @@ fn main() -> ExitCode {
     };
     serve::run(&options.daemon, || {
         let disk = Disk::open(&options.disk, options.open).map_err(NoDisk)?;
-        Ok::<_, NoDisk>(BlockDevice::new(disk, options.serial, options.queues))
+        Ok::<_, NoDisk>(
+            BlockDevice::new(disk, options.serial, options.queues).watched(options.watch_size),
+        )
     })
 }
 

@@ -55,10 +55,20 @@ const PLAIN_TYPE: &str = "text/plain; charset=utf-8";
 
 /// What a client can command, by the `command` member of its JSON line.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
-#[serde(tag = "command", rename_all = "kebab-case")]
+#[serde(tag = "command", rename_all = "kebab-case", deny_unknown_fields)]
 pub enum Command {
-    /// All counters, as JSON.
-    Stats,
+    // The braces have serde refuse members where there are none, by their names.
+    /// All counters and limits, as JSON.
+    Stats {},
+    /// Change the limits that are named; answered with those in force.
+    Limit {
+        /// Of operations, as for `--iops`.
+        iops: Option<String>,
+        /// Of bytes, as for `--bps`.
+        bps: Option<String>,
+    },
+    /// Look at the device's size now; answered with what came of it.
+    Resize {},
 }
 
 /// What is answered to a command: the value of `ok` or the text of `error`.
@@ -300,7 +310,9 @@ mod tests {
     impl Answers for Fixed {
         fn command(&self, command: Command) -> Reply {
             match command {
-                Command::Stats => Ok(json!({ "device": "block" })),
+                Command::Stats {} => Ok(json!({ "device": "block" })),
+                Command::Limit { iops, bps } => Ok(json!([iops, bps])),
+                Command::Resize {} => Err("it has shrunk".to_owned()),
             }
         }
 
@@ -393,11 +405,36 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn commands_arrive_with_what_they_say_and_no_more() {
+        with_server(async |path| {
+            let mut shell = Shell::connect(&path).await;
+            for (command, reply) in [
+                (r#"{"command":"limit"}"#, json!({ "ok": [null, null] })),
+                (r#"{"bps":"none","command":"limit"}"#, json!({ "ok": [null, "none"] })),
+                (r#"{"command":"resize"}"#, json!({ "error": "it has shrunk" })),
+            ] {
+                assert_eq!(shell.ask(command).await, reply, "{command}");
+            }
+            for (command, said) in [
+                (r#"{"command":"limit","iops":"5","rate":7}"#, "unknown field `rate`"),
+                (r#"{"command":"resize","bytes":4096}"#, "unknown field `bytes`"),
+                (r#"{"command":"stats","bytes":4096}"#, "unknown field `bytes`"),
+                (r#"{"command":"limit","iops":5}"#, "expected a string"),
+            ] {
+                let error = shell.ask(command).await["error"].to_string();
+                assert!(error.contains(said), "{command}: {error}");
+            }
+        })
+        .await;
+    }
+
+    #[tokio::test]
     async fn wrong_line_is_answered_with_an_error_and_the_next_one_works() {
         with_server(async |path| {
             let mut shell = Shell::connect(&path).await;
             let unknown = shell.ask(r#"{"command":"stat"}"#).await["error"].to_string();
-            assert!(unknown.contains("stat") && unknown.contains("expected `stats`"), "{unknown}");
+            let known = ["`stat`", "`stats`", "`limit`", "`resize`"];
+            assert!(known.iter().all(|command| unknown.contains(command)), "{unknown}");
             let nested = "[".repeat(10_000);
             for line in
                 ["", "stats", "{}", "[]", r#"{"command":7}"#, "\u{0}", &nested, "POST it HTTP/9"]

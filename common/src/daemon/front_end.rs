@@ -7,12 +7,12 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tokio::signal::unix::Signal;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 use tracing::{debug, info, warn};
 
 use super::log::{RateLimit, with_sources};
+use super::refresh::{Attendance, Refresher};
 use crate::device::Device;
 use crate::memory::{MapError, MemoryMap, Region};
 use crate::metrics::Metrics;
@@ -89,9 +89,8 @@ pub(super) struct FrontEnd<'a, D: Device> {
     workers: &'a mut Workers<D>,
     metrics: &'a Metrics,
     memory: Arc<MemoryMap>,
-    channel: Option<BackendChannel>,
-    /// The configuration space has changed, and the front end does not know.
-    change_untold: bool,
+    /// How it hears of changes.
+    attendance: Attendance<'a, D>,
     gate: &'a mut RateLimit,
     /// The rings of which the log has said that they wait for memory.
     waiting: Vec<u16>,
@@ -100,11 +99,12 @@ pub(super) struct FrontEnd<'a, D: Device> {
 impl<'a, D: Device> FrontEnd<'a, D> {
     pub(super) fn new(
         stream: std::os::unix::net::UnixStream,
-        device: &'a D,
+        refresher: &'a Refresher<D>,
         workers: &'a mut Workers<D>,
         metrics: &'a Metrics,
         gate: &'a mut RateLimit,
     ) -> std::io::Result<Self> {
+        let device = refresher.device();
         let session = Session::new(Offer {
             features: device.features(),
             queue_count: device.queue_count(),
@@ -117,27 +117,18 @@ impl<'a, D: Device> FrontEnd<'a, D> {
             workers,
             metrics,
             memory: Arc::new(MemoryMap::empty()),
-            channel: None,
-            change_untold: false,
+            attendance: refresher.attend(),
             gate,
             waiting: Vec::new(),
         })
     }
 
     /// Serves until the session ends. The rings may still run then: [`drain`](Self::drain).
-    pub(super) async fn serve(
-        &mut self,
-        events: &mut mpsc::Receiver<WorkerEvent>,
-        refresh: &mut Signal,
-    ) -> End {
+    pub(super) async fn serve(&mut self, events: &mut mpsc::Receiver<WorkerEvent>) -> End {
         loop {
             let served = tokio::select! {
                 biased;
                 Some(event) = events.recv() => self.hear(event),
-                Some(()) = refresh.recv() => {
-                    self.refresh();
-                    Ok(())
-                }
                 message = self.connection.receive() => self.receive(message).await,
             };
             if let Err(end) = served {
@@ -160,32 +151,6 @@ impl<'a, D: Device> FrontEnd<'a, D> {
             self.gate.log(Instant::now(), || {
                 warn!("session ended: {}", with_sources(end));
             });
-        }
-    }
-
-    /// Has the device look at what it is made of, and the front end at its configuration space if
-    /// that has changed.
-    fn refresh(&mut self) {
-        if self.device.refresh() {
-            self.change_untold = true;
-            self.tell_change();
-        }
-    }
-
-    /// Tells the front end that the configuration space has changed, if it is to know that.
-    fn tell_change(&mut self) {
-        // vhost-user, "Suspended device state": while all rings are stopped the back end must not
-        // send messages. The first ring that starts brings it.
-        let suspended = !(0..self.session.ring_count()).any(|index| self.is_running(index));
-        if suspended || !std::mem::take(&mut self.change_untold) {
-            return;
-        }
-        let told = match &mut self.channel {
-            Some(channel) if self.session.reads_config() => channel.config_changed(),
-            _ => return info!("the front end has no way to hear of the change"),
-        };
-        if let Err(error) = told {
-            warn!(%error, "the front end could not be told of the change");
         }
     }
 
@@ -221,7 +186,10 @@ impl<'a, D: Device> FrontEnd<'a, D> {
         };
         debug!(request = %message.request, payload = ?message.payload, "received");
         let (request, need_reply) = (message.request, message.need_reply);
-        match self.act(message).await {
+        let acted = self.act(message).await;
+        let runs = (0..self.session.ring_count()).any(|index| self.is_running(index));
+        self.attendance.is_now(self.session.reads_config(), runs);
+        match acted {
             Ok(Answered::Body(body)) => send(self.connection.reply(request, &body)).await,
             Ok(Answered::Ack) if need_reply && self.session.acknowledges() => {
                 send(self.connection.acknowledge(request, true)).await
@@ -298,7 +266,8 @@ impl<'a, D: Device> FrontEnd<'a, D> {
                 }
             }
             Action::BackendChannel(socket) => {
-                self.channel = Some(BackendChannel::new(socket).map_err(Refused::Channel)?);
+                let channel = BackendChannel::new(socket).map_err(Refused::Channel)?;
+                self.attendance.set_channel(channel);
             }
         }
         debug!(%request, "done");
@@ -365,7 +334,6 @@ impl<'a, D: Device> FrontEnd<'a, D> {
                 self.session.ring_started(index);
                 self.waiting.retain(|waiting| *waiting != index);
                 debug!(ring = index, size, base, "started");
-                self.tell_change();
                 Ok(())
             }
             // Some front ends describe rings before the memory that they lie in.

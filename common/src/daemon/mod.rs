@@ -3,7 +3,8 @@
 //! A daemon's `main` parses its options, and gives [`serve::run`] a closure that opens its device.
 //! Everything else is here, once for all devices: sockets and who may reach them ([`listener`]),
 //! one front end after another ([`serve`], [`front_end`]), the engine that workers get ([`aio`]), the
-//! operator's questions ([`control`]), the service manager ([`notify`]) and the log ([`log`]).
+//! operator's questions ([`control`], [`operator`]), a device that grows ([`refresh`]), the service
+//! manager ([`notify`]) and the log ([`log`]).
 //!
 //! All of it runs on the main thread, on one `tokio` runtime, and never touches a running ring.
 
@@ -14,7 +15,9 @@ mod front_end;
 pub mod listener;
 pub mod log;
 pub mod notify;
+mod operator;
 pub mod options;
+mod refresh;
 pub mod serve;
 
 pub use self::options::DaemonOptions;

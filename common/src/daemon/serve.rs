@@ -18,10 +18,12 @@ use tokio::time::{sleep, timeout};
 use tracing::{error, info, warn};
 
 use super::aio;
-use super::control::{self, Answers, Command, Reply};
+use super::control;
 use super::front_end::{End, FrontEnd};
 use super::listener::{self, Endpoint, Sockets};
 use super::log::{self, RateLimit};
+use super::operator::Operator;
+use super::refresh::Refresher;
 use super::{DaemonOptions, notify};
 use crate::device::Device;
 use crate::memory::sigbus;
@@ -85,15 +87,17 @@ fn start<D: Device, E: Error + 'static>(
     let engine = aio::choose(options.aio)?;
     let identity = Identity { device: D::NAME, engine: engine.name() };
     let metrics = Arc::new(Metrics::new(identity, D::KINDS, device.queue_count()));
+    options.limit(&metrics.limits);
     let (workers, events) = Workers::start(Arc::clone(&device), engine, options.threads, &metrics)?;
     let sockets = claimed.listen()?;
     let gate = RateLimit::new(LOG_LINES, LOG_INTERVAL);
-    let daemon = Daemon { device, workers, events, metrics, gate };
+    let refresher = Rc::new(Refresher::new(device));
+    let daemon = Daemon { refresher, workers, events, metrics, gate };
     Ok(runtime.block_on(daemon.serve(sockets, signals))?)
 }
 
 struct Daemon<D: Device> {
-    device: Arc<D>,
+    refresher: Rc<Refresher<D>>,
     workers: Workers<D>,
     events: mpsc::Receiver<WorkerEvent>,
     metrics: Arc<Metrics>,
@@ -115,7 +119,7 @@ fn raise_descriptor_limit() {
 /// The signals that a daemon heeds.
 struct Signals {
     termination: Termination,
-    /// SIGHUP: look again at what the device is made of.
+    /// SIGHUP: look at the device's size again.
     refresh: Signal,
 }
 
@@ -143,9 +147,15 @@ impl Termination {
 }
 
 impl<D: Device> Daemon<D> {
-    async fn serve(mut self, sockets: Sockets, mut signals: Signals) -> Result<(), Failure> {
+    async fn serve(mut self, sockets: Sockets, signals: Signals) -> Result<(), Failure> {
         let Sockets { vhost_user, control } = sockets;
-        let answers = Rc::new(Figures(Arc::clone(&self.metrics)));
+        let Signals { mut termination, refresh } = signals;
+        let refresher = Rc::clone(&self.refresher);
+        let answers = Rc::new(Operator {
+            metrics: Arc::clone(&self.metrics),
+            throttle: self.workers.throttle(),
+            refresher: Rc::clone(&refresher),
+        });
         let (control, _control_file) = match control {
             Some(listener) => (Some(tokio_listener(listener.socket)?), listener.file),
             None => (None, None),
@@ -160,17 +170,18 @@ impl<D: Device> Daemon<D> {
             match vhost_user {
                 Endpoint::Listening(listener) => {
                     let socket = tokio_listener(listener.socket)?;
-                    self.serve_all(&socket, &mut signals).await
+                    self.serve_all(&socket, &mut termination).await
                 }
                 Endpoint::Connected(stream) => {
                     notify::ready("serving the front end that was given");
-                    self.serve_one(stream, None, &mut signals).await.map(drop)
+                    self.serve_one(stream, None, &mut termination).await.map(drop)
                 }
             }
         };
         tokio::select! {
             ended = front_ends => ended,
             never = operators => match never {},
+            never = refresher.watch(refresh) => match never {},
         }
     }
 
@@ -178,7 +189,7 @@ impl<D: Device> Daemon<D> {
     async fn serve_all(
         &mut self,
         listener: &UnixListener,
-        signals: &mut Signals,
+        termination: &mut Termination,
     ) -> Result<(), Failure> {
         notify::ready("waiting for a front end");
         info!("waiting for a front end");
@@ -188,13 +199,9 @@ impl<D: Device> Daemon<D> {
                 Some(stream) => Ok(stream),
                 None => tokio::select! {
                     accepted = listener.accept() => accepted.and_then(|(new, _)| new.into_std()),
-                    () = signals.termination.requested() => {
+                    () = termination.requested() => {
                         notify::stopping();
                         return Ok(());
-                    }
-                    _ = signals.refresh.recv() => {
-                        self.device.refresh();
-                        continue;
                     }
                 },
             };
@@ -202,7 +209,7 @@ impl<D: Device> Daemon<D> {
                 Ok(stream) => {
                     notify::status("serving a front end");
                     let others = Some((listener, &mut next));
-                    if self.serve_one(stream, others, signals).await? == Then::Exit {
+                    if self.serve_one(stream, others, termination).await? == Then::Exit {
                         return Ok(());
                     }
                     notify::status("waiting for a front end");
@@ -221,10 +228,9 @@ impl<D: Device> Daemon<D> {
         &mut self,
         stream: StdStream,
         others: Option<(&UnixListener, &mut Option<StdStream>)>,
-        signals: &mut Signals,
+        termination: &mut Termination,
     ) -> Result<Then, Failure> {
-        let Signals { termination, refresh } = signals;
-        let Self { device, workers, events, metrics, gate } = self;
+        let Self { refresher, workers, events, metrics, gate } = self;
         let pid = peer_of(&stream);
         gate.log(Instant::now(), || info!(pid, "front end connected"));
         metrics.daemon.sessions.add(1);
@@ -235,7 +241,7 @@ impl<D: Device> Daemon<D> {
             }
         }
         let opened = stream.try_clone().and_then(|current| {
-            FrontEnd::new(stream, &**device, workers, metrics, gate).map(|new| (current, new))
+            FrontEnd::new(stream, refresher, workers, metrics, gate).map(|new| (current, new))
         });
         let (current, mut front_end) = match opened {
             Ok(opened) => opened,
@@ -246,7 +252,7 @@ impl<D: Device> Daemon<D> {
             }
         };
         let end = tokio::select! {
-            end = front_end.serve(events, refresh) => Some(end),
+            end = front_end.serve(events) => Some(end),
             () = termination.requested() => None,
             never = turn_away(others, &current, metrics) => match never {},
         };
@@ -335,19 +341,4 @@ fn has_hung_up(stream: &StdStream) -> bool {
 
 fn tokio_listener(socket: std::os::unix::net::UnixListener) -> Result<UnixListener, Failure> {
     UnixListener::from_std(socket).map_err(Failure::Socket)
-}
-
-/// Answers the operator from the counters.
-struct Figures(Arc<Metrics>);
-
-impl Answers for Figures {
-    fn command(&self, command: Command) -> Reply {
-        match command {
-            Command::Stats => Ok(self.0.to_json()),
-        }
-    }
-
-    fn openmetrics(&self) -> String {
-        self.0.to_openmetrics()
-    }
 }

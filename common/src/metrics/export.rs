@@ -14,6 +14,7 @@ use serde_json::{Map, Value, json};
 use super::{
     Counter, DaemonMetrics, Histogram, HistogramSnapshot, KindMetrics, Metrics, QueueMetrics,
 };
+use crate::rate_limit::{Limit, RateLimits, Scope, Unit};
 
 /// One counter of `T`.
 struct CounterDefinition<T> {
@@ -109,6 +110,13 @@ const QUEUE_COUNTERS: &[CounterDefinition<QueueMetrics>] = &[
         help: "Requests whose data was copied because direct I/O could not use it where it lay.",
         read: |queue| &queue.bounced,
     },
+    CounterDefinition {
+        family: "outboard_throttled_requests",
+        json_key: "throttled",
+        unit: None,
+        help: "Requests that had to wait because they were over a limit.",
+        read: |queue| &queue.throttled,
+    },
 ];
 
 const DAEMON_COUNTERS: &[CounterDefinition<DaemonMetrics>] = &[
@@ -142,12 +150,35 @@ const DAEMON_COUNTERS: &[CounterDefinition<DaemonMetrics>] = &[
     },
 ];
 
+/// The limits of one unit.
+struct LimitDefinition {
+    family: &'static str,
+    json_key: &'static str,
+    help: &'static str,
+    limited: Unit,
+}
+
+const LIMITS: &[LimitDefinition] = &[
+    LimitDefinition {
+        family: "outboard_iops_limit",
+        json_key: "iops",
+        help: "Operations per second that requests are held to; absent where there is no limit.",
+        limited: Unit::Operations,
+    },
+    LimitDefinition {
+        family: "outboard_bps_limit",
+        json_key: "bps",
+        help: "Bytes per second that requests are held to; absent where there is no limit.",
+        limited: Unit::Bytes,
+    },
+];
+
 /// JSON keys of the quantiles, and the quantiles in thousandths.
 const QUANTILES: [(&str, u16); 5] =
     [("p50", 500), ("p90", 900), ("p99", 990), ("p999", 999), ("max", 1000)];
 
 impl Metrics {
-    /// All counters as the value of the `stats` reply: `{device, engine, daemon: {…}, queues:
+    /// All counters as the value of the `stats` reply: `{device, engine, daemon: {…}, limits: {…}, queues:
     /// [{…, kinds: {name: {…}}}]}`, counts since the process started, latencies in nanoseconds.
     pub fn to_json(&self) -> Value {
         let queues: Vec<Value> = self.queues.iter().map(|queue| self.queue_json(queue)).collect();
@@ -155,6 +186,7 @@ impl Metrics {
             "device": self.identity.device,
             "engine": self.identity.engine,
             "daemon": counters_json(DAEMON_COUNTERS, &self.daemon),
+            "limits": limits_json(&self.limits),
             "queues": queues,
         })
     }
@@ -182,6 +214,15 @@ impl Metrics {
         for definition in DAEMON_COUNTERS {
             text.counter_family(definition);
             text.counter(definition, &device, &self.daemon);
+        }
+        for definition in LIMITS {
+            text.family(definition.family, "gauge", None, definition.help);
+            for scope in Scope::ALL {
+                if let Limit::At { rate, .. } = self.limits.in_force(definition.limited, scope) {
+                    let (family, scope) = (definition.family, scope.name());
+                    text.line(format_args!("{family}{{{device},direction=\"{scope}\"}} {rate}"));
+                }
+            }
         }
         let queues: Vec<(String, &QueueMetrics)> = self
             .queues
@@ -222,6 +263,22 @@ fn counters_json<T>(definitions: &[CounterDefinition<T>], from: &T) -> Map<Strin
         (definition.json_key.to_owned(), Value::from((definition.read)(from).get()))
     };
     definitions.iter().map(pair).collect()
+}
+
+/// The limits in force: `{"iops": {"total": {"rate": …, "burst": …}, …}, "bps": {…}}`, `null` where
+/// there is none.
+pub fn limits_json(limits: &RateLimits) -> Value {
+    let unit = |definition: &LimitDefinition| {
+        let scope = |scope: Scope| {
+            let limit = match limits.in_force(definition.limited, scope) {
+                Limit::None => Value::Null,
+                Limit::At { rate, burst } => json!({ "rate": rate, "burst": burst }),
+            };
+            (scope.name().to_owned(), limit)
+        };
+        (definition.json_key.to_owned(), Value::Object(Scope::ALL.map(scope).into_iter().collect()))
+    };
+    Value::Object(LIMITS.iter().map(unit).collect())
 }
 
 fn latency_json(latency: &HistogramSnapshot) -> Value {
@@ -278,7 +335,8 @@ mod tests {
     use serde_json::json;
 
     use super::super::{Identity, Metrics};
-    use super::{DAEMON_COUNTERS, KIND_COUNTERS, KIND_LATENCY, QUEUE_COUNTERS};
+    use super::{DAEMON_COUNTERS, KIND_COUNTERS, KIND_LATENCY, LIMITS, QUEUE_COUNTERS};
+    use crate::rate_limit::{Change, Unit};
 
     fn sample() -> Metrics {
         let metrics =
@@ -286,6 +344,8 @@ mod tests {
         metrics.daemon.sessions.add(3);
         metrics.queues[1].kicks.add(7);
         metrics.queues[1].broken.add(1);
+        let change = Change::parse("read=2000/50", Unit::Operations).expect("a limit");
+        metrics.limits.change(Unit::Operations, &change);
         let write = &metrics.queues[1].kinds[1];
         write.requests.add(2);
         write.bytes.add(8192);
@@ -301,6 +361,11 @@ mod tests {
         assert_eq!(
             stats["daemon"],
             json!({"sessions": 3, "refused_front_ends": 0, "protocol_errors": 0, "broken_sessions": 0})
+        );
+        assert_eq!(
+            stats["limits"],
+            json!({"iops": {"total": null, "read": {"rate": 2000, "burst": 50}, "write": null},
+                   "bps": {"total": null, "read": null, "write": null}})
         );
         assert_eq!(stats["queues"][0]["kicks"], 0);
         let queue = &stats["queues"][1];
@@ -331,6 +396,9 @@ mod tests {
             "outboard_sessions_total{device=\"block\"} 3",
             "outboard_kicks_total{device=\"block\",queue=\"1\"} 7",
             "outboard_broken_rings_total{device=\"block\",queue=\"0\"} 0",
+            "# TYPE outboard_iops_limit gauge",
+            "outboard_iops_limit{device=\"block\",direction=\"read\"} 2000",
+            "outboard_throttled_requests_total{device=\"block\",queue=\"1\"} 0",
             "# UNIT outboard_bytes bytes",
             "outboard_bytes_total{device=\"block\",queue=\"1\",kind=\"write\"} 8192",
             "# TYPE outboard_request_duration_seconds histogram",
@@ -378,6 +446,7 @@ mod tests {
             .chain(QUEUE_COUNTERS.iter().map(|definition| definition.family))
             .chain(KIND_COUNTERS.iter().map(|definition| definition.family))
             .chain([KIND_LATENCY.family])
+            .chain(LIMITS.iter().map(|definition| definition.family))
             .collect();
         assert_eq!(families.iter().collect::<HashSet<_>>().len(), families.len());
         assert!(

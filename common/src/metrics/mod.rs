@@ -6,6 +6,8 @@
 //! of them stand in one table ([`export`]), from which the JSON of `stats` and the OpenMetrics text
 //! of `GET /metrics` are both made.
 //!
+//! The limits of rate are no counters, but are asked for in the same breath; they are told here too.
+//!
 //! This module is a leaf: it knows no queue, no session and no socket. It deliberately has no
 //! registry that a device could add metrics of its own to; a device names its request kinds, and
 //! that has been enough.
@@ -17,7 +19,10 @@ mod histogram;
 use std::sync::Arc;
 
 pub use counter::Counter;
+pub use export::limits_json;
 pub use histogram::{Histogram, HistogramSnapshot};
+
+use crate::rate_limit::RateLimits;
 
 /// What is counted about one kind of request (a block device's read, write, flush…) on one queue.
 // 128 bytes: two cache lines, because x86 prefetches lines in pairs; two queues' workers must not
@@ -53,6 +58,8 @@ pub struct QueueMetrics {
     pub drops: Counter,
     /// Requests whose data made a detour through a bounce buffer.
     pub bounced: Counter,
+    /// Requests that had to wait because they were over a limit.
+    pub throttled: Counter,
 }
 
 impl QueueMetrics {
@@ -65,6 +72,7 @@ impl QueueMetrics {
             broken: Counter::new(),
             drops: Counter::new(),
             bounced: Counter::new(),
+            throttled: Counter::new(),
         }
     }
 }
@@ -92,7 +100,7 @@ pub struct Identity {
     pub engine: &'static str,
 }
 
-/// All counters of a daemon.
+/// All counters of a daemon, and the limits that are shown beside them.
 #[derive(Debug)]
 pub struct Metrics {
     /// Whose counters they are.
@@ -102,11 +110,13 @@ pub struct Metrics {
     pub daemon: DaemonMetrics,
     /// One entry per queue, by queue index.
     pub queues: Vec<Arc<QueueMetrics>>,
+    /// What the device's requests are held to.
+    pub limits: Arc<RateLimits>,
 }
 
 impl Metrics {
-    /// Counters at zero for a device with `queue_count` queues and the given request kinds, whose
-    /// names must be plain words as well.
+    /// Counters at zero, and no limits, for a device with `queue_count` queues and the given request
+    /// kinds, whose names must be plain words as well.
     pub fn new(identity: Identity, kind_names: &'static [&'static str], queue_count: u16) -> Self {
         let plain = |name: &&str| {
             !name.is_empty()
@@ -120,7 +130,8 @@ impl Metrics {
         );
         let queues =
             (0..queue_count).map(|_| Arc::new(QueueMetrics::new(kind_names.len()))).collect();
-        Self { identity, kind_names, daemon: DaemonMetrics::default(), queues }
+        let (daemon, limits) = (DaemonMetrics::default(), Arc::default());
+        Self { identity, kind_names, daemon, queues, limits }
     }
 }
 

@@ -23,3 +23,5 @@ pub use self::stage::Stage;
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod throttling_tests;

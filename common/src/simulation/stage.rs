@@ -14,6 +14,7 @@ use super::random::Random;
 use crate::device::Device;
 use crate::memory::MemoryMap;
 use crate::metrics::Metrics;
+use crate::rate_limit::{Change, Unit};
 use crate::virtqueue::{RingError, RingSetup, Virtqueue};
 use crate::worker::manual::{ManualWorker, Rest};
 use crate::worker::{Kick, RingStart, WorkerEvent};
@@ -103,6 +104,13 @@ impl<D: Device> Stage<D> {
         self.settling.is_empty()
     }
 
+    /// Changes limits, also for requests that wait.
+    pub fn limit(&mut self, unit: Unit, change: &Change) {
+        self.metrics().limits.change(unit, change);
+        self.worker.limits_changed();
+        self.kernel.mail();
+    }
+
     /// Turns once, unless the worker sleeps and nothing has happened: false then.
     ///
     /// # Panics
@@ -138,6 +146,11 @@ impl<D: Device> Stage<D> {
     /// Moves the clock on.
     pub fn advance(&mut self, by_ns: u64) {
         self.now_ns += by_ns;
+    }
+
+    /// Moves the clock on to this moment, if it is yet to come.
+    pub fn advance_to(&mut self, then_ns: u64) {
+        self.now_ns = self.now_ns.max(then_ns);
     }
 
     /// The clock.

@@ -1,4 +1,5 @@
-//! A worker's wake-ups and its drain, with a device that keeps each chain for one operation.
+//! A worker's wake-ups and its drain, with a device that keeps each chain for one operation and
+//! holds it to limits.
 
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
@@ -6,6 +7,7 @@ use std::sync::Arc;
 use super::{Driver, Guest, Kernel, Layout, Random, Stage, each_seed};
 use crate::device::{Account, Device, DeviceQueue, QueueIo};
 use crate::engine::{Completion, FileIndex, Op};
+use crate::rate_limit::{Change, Direction, Unit};
 use crate::virtqueue::{Chain, VIRTIO_F_EVENT_IDX, VIRTIO_F_INDIRECT_DESC};
 use crate::worker::WorkerEvent;
 
@@ -47,6 +49,9 @@ impl Device for Echo {
 impl DeviceQueue for EchoQueue {
     fn process(&mut self, io: &mut QueueIo<'_>) {
         while let Some(chain) = io.pop() {
+            if !io.admit(Direction::ToDriver, 65) {
+                return io.retract(chain);
+            }
             io.submit(&chain, 0, |parts| Op::Read {
                 file: FileIndex(0),
                 offset: 0,
@@ -117,6 +122,18 @@ impl Play {
         let queue = index as u16;
         let sleeper = &mut sleepers[index];
         match random.within(0..8) {
+            0 if random.once_in(8) => {
+                let (unit, spec) = random.pick(&[
+                    (Unit::Operations, "none"),
+                    (Unit::Operations, "1"),
+                    (Unit::Operations, "20k/3"),
+                    (Unit::Operations, "total=5,read=100k"),
+                    (Unit::Bytes, "none"),
+                    (Unit::Bytes, "read=512"),
+                    (Unit::Bytes, "1M/4k"),
+                ]);
+                stage.limit(unit, &Change::parse(spec, unit).expect(spec));
+            }
             0 | 1 => sleeper.send(queue, stage.kernel(), random),
             2 => drop(stage.turn()),
             // The driver is quicker than the worker's last look.
@@ -149,8 +166,10 @@ impl Play {
                 goes_on |= sleeper.wake(queue, stage);
                 goes_on |= sleeper.restart(queue, stage);
             }
-            if !goes_on {
-                break;
+            match stage.wakes_at_ns() {
+                Some(wakes_at_ns) if !goes_on => stage.advance_to(wakes_at_ns),
+                None if !goes_on => break,
+                _ => {}
             }
         }
         for sleeper in sleepers {

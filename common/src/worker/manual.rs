@@ -7,7 +7,7 @@
 
 use std::io;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc::error::TryRecvError;
 use tokio::sync::{mpsc, oneshot};
@@ -43,7 +43,7 @@ impl<D: Device> ManualWorker<D> {
     pub(crate) fn new(device: Arc<D>, engine: Box<dyn Engine>) -> io::Result<Self> {
         let (events, told) = mpsc::channel(EVENT_BACKLOG);
         let mailbox = Arc::new(Mailbox::new()?);
-        let mut worker = Worker::new(engine, device.queue_count(), mailbox, events);
+        let mut worker = Worker::new(engine, device.queue_count(), mailbox, events, Instant::now());
         worker.engine.watch(Subject::Mail, worker.mailbox.bell())?;
         let identity = Identity { device: D::NAME, engine: "simulated" };
         let metrics = Metrics::new(identity, D::KINDS, device.queue_count());
@@ -54,7 +54,8 @@ impl<D: Device> ManualWorker<D> {
     pub(crate) fn start(&mut self, start: RingStart) {
         let queue = self.device.open_queue(start.index, start.features, start.ring.size());
         let metrics = Arc::clone(&self.metrics.queues[usize::from(start.index)]);
-        let active = Box::new(ActiveRing::new(start, queue, metrics));
+        let limits = Arc::clone(&self.metrics.limits);
+        let active = Box::new(ActiveRing::new(start, queue, metrics, limits));
         self.worker.mailbox.send(Command::Start(active));
     }
 
@@ -76,6 +77,11 @@ impl<D: Device> ManualWorker<D> {
         wait
     }
 
+    /// Posts that there are other limits, as a [`Throttle`](super::Throttle) does.
+    pub(crate) fn limits_changed(&mut self) {
+        self.worker.mailbox.send(Command::LimitsChanged);
+    }
+
     /// One turn at `now_ns`. `looks`: before it sleeps, the worker looks for work, at this moment.
     /// `meanwhile`: what happens between that and the worker's asking for kicks.
     pub(crate) fn turn(
@@ -87,7 +93,7 @@ impl<D: Device> ManualWorker<D> {
         let Some(wait) = self.worker.turn(now_ns, &mut self.arrived)? else {
             unreachable!("nobody told the worker to quit");
         };
-        let found = looks && wait == Wait::Forever && self.look()?;
+        let found = looks && wait != Wait::No && self.look()?;
         meanwhile();
         let sleeps = wait != Wait::No && !found && self.worker.arm();
         self.worker.engine.turn(if sleeps { wait } else { Wait::No }, &mut self.arrived)?;

@@ -13,6 +13,7 @@ use crate::device::{DeviceQueue, HostFault, MAX_CHAINS_PER_TURN, QueueIo, Turn};
 use crate::engine::{Completion, Engine, Subject};
 use crate::memory::MemoryMap;
 use crate::metrics::QueueMetrics;
+use crate::rate_limit::RateLimits;
 use crate::virtqueue::{RingError, Virtqueue};
 
 /// A ring, the device's half for it, and where they stand.
@@ -20,6 +21,7 @@ pub(super) struct ActiveRing<Q> {
     ring: Virtqueue,
     queue: Q,
     metrics: Arc<QueueMetrics>,
+    limits: Arc<RateLimits>,
     kick: Kick,
     call: Bell,
     error: Bell,
@@ -33,6 +35,8 @@ pub(super) struct ActiveRing<Q> {
     watched: bool,
     /// There may be chains to pop.
     runnable: bool,
+    /// When there is to be looked for chains without anybody asking: nobody would.
+    due_ns: Option<u64>,
     /// Somebody waits for the ring to have stopped, and for its base.
     stopped: Option<oneshot::Sender<u16>>,
     /// Somebody waits until no chain refers to a replaced memory map.
@@ -54,12 +58,18 @@ pub(super) enum Notice {
 }
 
 impl<Q: DeviceQueue> ActiveRing<Q> {
-    pub(super) fn new(start: RingStart, queue: Q, metrics: Arc<QueueMetrics>) -> Self {
+    pub(super) fn new(
+        start: RingStart,
+        queue: Q,
+        metrics: Arc<QueueMetrics>,
+        limits: Arc<RateLimits>,
+    ) -> Self {
         let index = start.index;
         Self {
             ring: start.ring,
             queue,
             metrics,
+            limits,
             kick: start.kick,
             call: Bell::new(Subject::Call { queue: index }, start.call),
             error: Bell::new(Subject::Error { queue: index }, start.error),
@@ -69,6 +79,7 @@ impl<Q: DeviceQueue> ActiveRing<Q> {
             index,
             watched: false,
             runnable: true,
+            due_ns: None,
             stopped: None,
             settled: Vec::new(),
             poison_told: false,
@@ -103,7 +114,8 @@ impl<Q: DeviceQueue> ActiveRing<Q> {
         if self.stopped.is_some() {
             return Ok(None);
         }
-        self.runnable = true;
+        // Who waits for a limit has chains already.
+        self.runnable |= !self.is_throttled();
         let readable = bits.is_ok_and(|bits| bits & libc::POLLIN as u32 != 0);
         if readable {
             self.metrics.kicks.add(1);
@@ -125,11 +137,39 @@ impl<Q: DeviceQueue> ActiveRing<Q> {
 
     /// Whether the ring has no kick and must be looked at from time to time.
     pub(super) fn is_polled(&self) -> bool {
-        matches!(self.kick, Kick::Polled) && self.stopped.is_none()
+        matches!(self.kick, Kick::Polled) && self.stopped.is_none() && !self.is_throttled()
+    }
+
+    /// Whether the next request waits for a limit.
+    fn is_throttled(&self) -> bool {
+        self.turn.throttled_until_ns.is_some()
     }
 
     pub(super) fn look(&mut self) {
         self.runnable = true;
+    }
+
+    /// Looks at that time, if nothing happens before.
+    pub(super) fn look_at(&mut self, due_ns: u64) {
+        self.due_ns = Some(due_ns);
+    }
+
+    /// When the ring is to be looked at though nothing has happened.
+    pub(super) fn due_ns(&self) -> Option<u64> {
+        self.due_ns
+    }
+
+    /// Notices that it is time.
+    pub(super) fn tick(&mut self, now_ns: u64) {
+        if self.due_ns.is_some_and(|due_ns| due_ns <= now_ns) {
+            self.due_ns = None;
+            self.runnable = true;
+        }
+    }
+
+    /// There are other limits: who waits asks again.
+    pub(super) fn limits_changed(&mut self) {
+        self.runnable |= self.is_throttled();
     }
 
     pub(super) fn is_runnable(&self) -> bool {
@@ -142,9 +182,11 @@ impl<Q: DeviceQueue> ActiveRing<Q> {
         self.turn.now_ns = now_ns;
         self.turn.budget = MAX_CHAINS_PER_TURN;
         (self.turn.more, self.turn.dry, self.turn.armed) = (false, false, false);
+        self.turn.throttled_until_ns = None;
         self.ring.suppress_kicks();
         self.with_queue(engine, |queue, io| queue.process(io));
         self.runnable = self.turn.more;
+        self.due_ns = self.turn.throttled_until_ns;
         self.turn.budget != MAX_CHAINS_PER_TURN
     }
 
@@ -180,7 +222,7 @@ impl<Q: DeviceQueue> ActiveRing<Q> {
         self.turn.operations -= 1;
         self.ring.operation(done.token.slot, false);
         self.with_queue(engine, |queue, io| queue.complete(done, io));
-        self.runnable |= self.turn.more;
+        self.runnable |= self.turn.more && self.stopped.is_none();
     }
 
     fn with_queue(&mut self, engine: &mut dyn Engine, run: impl FnOnce(&mut Q, &mut QueueIo<'_>)) {
@@ -188,6 +230,7 @@ impl<Q: DeviceQueue> ActiveRing<Q> {
             ring: &mut self.ring,
             engine,
             metrics: &self.metrics,
+            limits: &self.limits,
             state: &mut self.turn,
             queue: self.index,
         };
@@ -266,7 +309,11 @@ impl<Q: DeviceQueue> ActiveRing<Q> {
     ) -> std::io::Result<()> {
         self.stopped = Some(base);
         self.turn.stopping = true;
-        self.runnable = false;
+        self.turn.throttled_until_ns = None;
+        (self.runnable, self.due_ns) = (false, None);
+        if let Some(place) = self.turn.place.take() {
+            self.limits.give_back(place);
+        }
         self.with_queue(engine, |queue, io| queue.stop(io));
         // Whoever serves the ring next may rely on a kick.
         if let Err(fault) = self.ring.request_kick() {

@@ -18,14 +18,16 @@ mod direct;
 mod geometry;
 mod lock;
 
+use std::cmp::Ordering;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
+use common::device::{NotRefreshed, Refreshed};
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, SeekFrom, StatxFlags};
 use thiserror::Error;
 use tracing::{info, warn};
@@ -402,32 +404,28 @@ impl Disk {
 
     /// Length in sectors of 512 bytes, at least 1.
     pub(crate) fn capacity_sectors(&self) -> u64 {
-        self.capacity_sectors.load(Ordering::Relaxed)
+        self.capacity_sectors.load(Relaxed)
     }
 
-    /// Takes note of a file or device that has grown; true if it has. One that has shrunk keeps
-    /// its capacity, since a guest cannot lose sectors that it has been promised: requests beyond
-    /// the end then fail.
-    pub(crate) fn measure_again(&self) -> bool {
-        let Some(file) = &self.file else { return false };
-        let len_bytes = match rustix::fs::seek(file, SeekFrom::End(0)) {
-            Ok(len_bytes) => len_bytes,
-            Err(error) => {
-                warn!(%error, "the disk cannot be measured");
-                return false;
-            }
-        };
+    /// Takes note of a file or device that has grown. One that has shrunk keeps its capacity, since
+    /// a guest cannot lose sectors that it has been promised: requests beyond the end then fail.
+    pub(crate) fn measure_again(&self) -> Result<Refreshed, NotRefreshed> {
+        let before = self.capacity_sectors();
+        let capacity_bytes = before * SECTOR_BYTES;
+        let Some(file) = &self.file else { return Ok(Refreshed::Unchanged { capacity_bytes }) };
+        let found_bytes = rustix::fs::seek(file, SeekFrom::End(0))
+            .map_err(|errno| NotRefreshed::Unmeasured(errno.into()))?;
         let block_bytes = u64::from(self.geometry.logical_block_bytes);
-        let new = len_bytes / block_bytes * (block_bytes / SECTOR_BYTES);
-        let old = self.capacity_sectors();
-        if new < old {
-            warn!(old, new, "the disk has shrunk (in sectors), which its guest is not told");
+        let found = found_bytes / block_bytes * (block_bytes / SECTOR_BYTES);
+        match found.cmp(&before) {
+            Ordering::Less => Err(NotRefreshed::Shrunk { capacity_bytes, found_bytes }),
+            Ordering::Equal => Ok(Refreshed::Unchanged { capacity_bytes }),
+            Ordering::Greater => {
+                self.capacity_sectors.store(found, Relaxed);
+                let (before_bytes, capacity_bytes) = (capacity_bytes, found * SECTOR_BYTES);
+                Ok(Refreshed::Grown { before_bytes, capacity_bytes })
+            }
         }
-        if new > old {
-            info!(old, new, "the disk has grown (in sectors)");
-            self.capacity_sectors.store(new, Ordering::Relaxed);
-        }
-        new > old
     }
 
     /// Whether writes are refused.

@@ -8,6 +8,7 @@ use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use common::device::Refreshed;
 use rustix::fs::{Mode, OFlags};
 
 use super::{CacheMode, Disk, DiskSpec, LockError, OpenError, OpenOptions, SpecError};
@@ -163,13 +164,38 @@ fn disk_ends_with_its_last_whole_block() {
         let DiskSpec::File(path) = &spec else { unreachable!("it makes files") };
         let file = File::options().write(true).open(path).unwrap();
         file.set_len((2 << 20) + 4095).unwrap();
-        assert!(disk.measure_again());
+        disk.measure_again().expect("it has grown");
         assert_eq!(disk.capacity_sectors(), 2048 + sectors, "nor does a grown one go on");
         file.set_len((1 << 20) + 4095).unwrap();
     }
     let null = DiskSpec::Null { len_bytes: 4096 + 512 };
     let options = OpenOptions { logical_block_bytes: Some(4096), ..WRITABLE };
     assert_eq!(Disk::open(&null, options).unwrap().capacity_sectors(), 8);
+}
+
+#[test]
+fn growth_is_taken_note_of_and_shrinking_is_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    let spec = file_of(&directory, 8192);
+    let disk = Disk::open(&spec, WRITABLE).unwrap();
+    let DiskSpec::File(path) = &spec else { unreachable!("it makes files") };
+    let file = File::options().write(true).open(path).unwrap();
+    let unchanged = |capacity_bytes| Refreshed::Unchanged { capacity_bytes };
+    assert_eq!(disk.measure_again().unwrap(), unchanged(8192));
+    file.set_len(12_288 + 511).unwrap();
+    let grown = Refreshed::Grown { before_bytes: 8192, capacity_bytes: 12_288 };
+    assert_eq!(disk.measure_again().unwrap(), grown);
+    assert_eq!(disk.measure_again().unwrap(), unchanged(12_288));
+    for found_bytes in [12_287, 0] {
+        file.set_len(found_bytes).unwrap();
+        let refused = disk.measure_again().expect_err("it has shrunk").to_string();
+        assert!(refused.contains(&format!("from 12288 to {found_bytes} bytes")), "{refused}");
+        assert_eq!(disk.capacity_sectors(), 24);
+    }
+    file.set_len(12_288).unwrap();
+    assert_eq!(disk.measure_again().unwrap(), unchanged(12_288));
+    let null = Disk::open(&DiskSpec::Null { len_bytes: 4096 }, WRITABLE).unwrap();
+    assert_eq!(null.measure_again().unwrap(), unchanged(4096));
 }
 
 #[test]
