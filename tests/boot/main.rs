@@ -1,6 +1,8 @@
 //! Real guests on real daemons, end to end: what a user of the project relies on.
 
+mod control;
 mod growth;
+mod limits;
 mod qemu;
 mod sudden_death;
 mod systemd;

@@ -16,6 +16,7 @@ use tests::{
 use self::emulator::{Emulator, OnRestart, QUEUE_COUNT};
 use self::statistics::Statistics;
 use crate::growth;
+use crate::limits;
 use crate::sudden_death::{FileSystem, Scene};
 
 /// Enough for each of the load's jobs to have 32 large requests of its own in flight.
@@ -231,6 +232,15 @@ fn driver_sees_size_and_queues_and_blocks_of_4096_bytes() {
     bench.pass(&format!(
         "check=identity size_bytes={DISK_BYTES} queues={QUEUE_COUNT} block_bytes=4096"
     ));
+    bench.expect_clean_end(1);
+}
+
+#[test]
+fn limits_hold_in_the_guest() {
+    let Some(bench) = Bench::empty_disk(&[FIO]) else { return };
+    let mut machine = bench.boot("check=rate");
+    limits::measure(&mut machine, &bench.control, "QEMU", QUEUE_COUNT);
+    finish(machine);
     bench.expect_clean_end(1);
 }
 

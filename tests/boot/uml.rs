@@ -1,8 +1,9 @@
 //! User-Mode Linux guests: the kernel's own vhost-user front end, no emulator, no root, about a second a boot.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::growth;
+use crate::limits;
 use crate::sudden_death::{FileSystem, Scene};
 use guest::verdict::Verdict;
 use tests::{
@@ -14,6 +15,11 @@ use tests::{
 const DISK_BYTES: u64 = 64 << 20;
 /// Sudden deaths that a file system goes through: each is two boots, of two seconds with all of fio's libraries.
 const DEATH_COUNT: u32 = 2;
+
+/// What measures in the guest, where its initial RAM disk has it.
+const FIO: &str = "usr/bin/fio";
+/// The daemon's control socket, in the directory of the image.
+const CONTROL: &str = "control";
 
 /// A daemon on an image, and the guests that will use it.
 struct Bench {
@@ -42,9 +48,17 @@ impl Bench {
         make_image: impl FnOnce(&Path) -> DiskImage,
     ) -> Self {
         let image = make_image(&directory.path().join("disk"));
-        let command = DaemonCommand::block(image.path()).argument("--serial").argument("uml-disk");
+        let command = DaemonCommand::block(image.path())
+            .argument("--serial")
+            .argument("uml-disk")
+            .argument("--control")
+            .argument(directory.path().join(CONTROL));
         let daemon = options.iter().fold(command, DaemonCommand::argument).start();
         Self { guests, daemon, image, directory }
+    }
+
+    fn control(&self) -> PathBuf {
+        self.directory.path().join(CONTROL)
     }
 
     /// Has a new guest pass `check`, and returns what it found.
@@ -187,6 +201,17 @@ fn xfs_outlives_sudden_deaths() {
 fn ext4_outlives_a_sudden_death_past_the_host_s_cache() {
     let Some(directory) = temp_dir_with_direct_io() else { return };
     outlives_sudden_deaths(FileSystem::Ext4, 13, 1, directory, &["--cache", "none"]);
+}
+
+#[test]
+fn limits_hold_in_the_guest() {
+    let Some(rig) = Rig::find() else { return };
+    let guests = UserModeLinux::with_programs(rig, &[FIO]);
+    let bench = Bench::start(guests, temp_dir(), &[], |path| DiskImage::sparse(path, DISK_BYTES));
+    let mut machine = bench.guests.boot(bench.daemon.socket(), "rate", &[]);
+    limits::measure(&mut machine, &bench.control(), "User-Mode Linux", 1);
+    UserModeLinux::finish(machine);
+    bench.finish();
 }
 
 #[test]

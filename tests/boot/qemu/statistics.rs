@@ -1,14 +1,10 @@
 //! What the daemon has counted, asked over its control socket.
 
-use std::io::{BufRead, BufReader, Write};
-use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::Duration;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
-/// The time in which a daemon that runs at all answers.
-const LIMIT: Duration = Duration::from_secs(30);
+use crate::control;
 
 /// The answer to one `stats` command.
 #[derive(Debug)]
@@ -17,16 +13,7 @@ pub(crate) struct Statistics(Value);
 impl Statistics {
     /// Asks the daemon whose control socket this is.
     pub(crate) fn ask(control: &Path) -> Self {
-        let mut stream =
-            UnixStream::connect(control).expect("the daemon listens on its control socket");
-        stream.set_read_timeout(Some(LIMIT)).expect("a socket takes a time limit");
-        stream.write_all(b"{\"command\":\"stats\"}\n").expect("the daemon reads its commands");
-        let mut line = String::new();
-        BufReader::new(stream).read_line(&mut line).expect("the daemon answers in time");
-        let answer: Value = serde_json::from_str(&line)
-            .unwrap_or_else(|error| panic!("no JSON in {line:?}: {error}"));
-        assert!(answer.get("ok").is_some(), "the daemon does not answer stats: {line}");
-        Self(answer["ok"].clone())
+        Self(control::ask(control, &json!({ "command": "stats" })))
     }
 
     /// One of the counters of the daemon as a whole.

@@ -16,17 +16,40 @@ pub enum Announcement {
     Durable(u64),
     /// The kernel has told its programs that the disk has so many bytes.
     SizeBytes(u64),
+    /// A run of requests has been measured.
+    Measured(Measurement),
+}
+
+/// What a run of requests came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Measurement {
+    /// How many there were.
+    pub requests: u64,
+    /// From the first one's beginning to the last one's end.
+    pub time_us: u64,
+    /// The fewest that ended within 100 ms.
+    pub least_in_window: u64,
+    /// The most that ended within 100 ms.
+    pub most_in_window: u64,
 }
 
 impl Announcement {
     /// Reads a console line, which may have a kernel's message before the mark. `None` if it is no announcement.
     pub fn parse(line: &str) -> Option<Self> {
         let (_, words) = line.split_once(MARK)?;
+        let (words, after) = words.split_once(END)?;
         let mut words = words.split_whitespace();
-        match (words.next()?, words.next()?, words.next()) {
-            ("loaded", END, None) => Some(Self::Loaded),
-            ("durable", count, Some(END)) => Some(Self::Durable(count.parse().ok()?)),
-            ("size_bytes", size, Some(END)) => Some(Self::SizeBytes(size.parse().ok()?)),
+        let name = words.next()?;
+        let numbers: Vec<u64> = words.map(str::parse).collect::<Result<_, _>>().ok()?;
+        match (name, &*numbers, after) {
+            ("loaded", [], "") => Some(Self::Loaded),
+            ("durable", [count], "") => Some(Self::Durable(*count)),
+            ("size_bytes", [size], "") => Some(Self::SizeBytes(*size)),
+            ("measured", &[requests, time_us, least_in_window, most_in_window], "") => {
+                let measurement =
+                    Measurement { requests, time_us, least_in_window, most_in_window };
+                Some(Self::Measured(measurement))
+            }
             _ => None,
         }
     }
@@ -37,6 +60,11 @@ impl fmt::Display for Announcement {
         match self {
             Self::Loaded => write!(f, "{MARK} loaded {END}"),
             Self::Durable(count) => write!(f, "{MARK} durable {count} {END}"),
+            Self::Measured(found) => write!(
+                f,
+                "{MARK} measured {} {} {} {} {END}",
+                found.requests, found.time_us, found.least_in_window, found.most_in_window
+            ),
             Self::SizeBytes(size) => write!(f, "{MARK} size_bytes {size} {END}"),
         }
     }
@@ -44,13 +72,18 @@ impl fmt::Display for Announcement {
 
 #[cfg(test)]
 mod tests {
-    use super::Announcement;
+    use super::{Announcement, Measurement};
 
     #[test]
     fn an_announcement_survives_its_own_line() {
-        for announcement in
-            [Announcement::Loaded, Announcement::Durable(17), Announcement::SizeBytes(1 << 30)]
-        {
+        let measurement =
+            Measurement { requests: 1, time_us: 2, least_in_window: 3, most_in_window: 4 };
+        for announcement in [
+            Announcement::Loaded,
+            Announcement::Durable(17),
+            Announcement::SizeBytes(1 << 30),
+            Announcement::Measured(measurement),
+        ] {
             assert_eq!(Announcement::parse(&announcement.to_string()), Some(announcement));
         }
     }

@@ -7,6 +7,7 @@ mod file_system;
 mod grow;
 mod identity;
 mod load;
+mod rate;
 mod read;
 mod restart;
 mod sudden_death;
@@ -35,6 +36,7 @@ pub(crate) fn run(parameters: &Parameters) -> Result<String, Failure> {
         "load" => load::run(parameters),
         "restart" => restart::run(parameters),
         "grow" => grow::run(parameters),
+        "rate" => rate::run(parameters),
         "until-death" => sudden_death::work_until_death(parameters),
         "survivors" => sudden_death::look_for_survivors(parameters),
         "file-system" => file_system::run(parameters),
