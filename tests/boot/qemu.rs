@@ -15,7 +15,7 @@ use tests::{
 
 use self::emulator::{Emulator, OnRestart, QUEUE_COUNT};
 use self::statistics::Statistics;
-use crate::growth;
+use crate::growth::{self, News};
 use crate::limits;
 use crate::sudden_death::{FileSystem, Scene};
 
@@ -261,7 +261,8 @@ fn disk_grows_under_load() {
     let Some(emulator) = Emulator::new(&[], &[]) else { return };
     let bench = Bench::sparse_disk(emulator, growth::SIZE_BYTES);
     let mut machine = bench.boot(&format!("check=grow seed=5 size_bytes={}", growth::GROWN_BYTES));
-    growth::grow_in_steps(&mut machine, &bench.daemon, &bench.image);
+    let news = [News::Signal(&bench.daemon), News::Command(&bench.control)];
+    growth::grow_in_steps(&mut machine, &bench.image, news);
     growth::expect_added(&bench.image, &finish(machine));
     bench.expect_clean_end(1);
 }

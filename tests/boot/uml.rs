@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::growth;
+use crate::growth::{self, News};
 use crate::limits;
 use crate::sudden_death::{FileSystem, Scene};
 use guest::verdict::Verdict;
@@ -64,6 +64,15 @@ impl Bench {
     /// Has a new guest pass `check`, and returns what it found.
     fn pass(&self, check: &str, words: &[&str]) -> String {
         self.guests.pass(self.daemon.socket(), check, words)
+    }
+
+    /// Has the disk grow under a guest, of which the daemon gets this news.
+    fn grow(&self, seed: u64, news: [News<'_>; 2]) {
+        let words = [format!("seed={seed}"), format!("size_bytes={}", growth::GROWN_BYTES)];
+        let words = words.each_ref().map(String::as_str);
+        let mut machine = self.guests.boot(self.daemon.socket(), "grow", &words);
+        growth::grow_in_steps(&mut machine, self.image.path(), news);
+        growth::expect_added(self.image.path(), &UserModeLinux::finish(machine));
     }
 
     /// Ends the daemon as an operator would and leaves the image.
@@ -254,10 +263,16 @@ fn disk_grows_under_load() {
     let Some(bench) = Bench::new(|path| DiskImage::sparse(path, growth::SIZE_BYTES)) else {
         return;
     };
-    let size = format!("size_bytes={}", growth::GROWN_BYTES);
-    let mut machine = bench.guests.boot(bench.daemon.socket(), "grow", &["seed=12", &size]);
-    growth::grow_in_steps(&mut machine, &bench.daemon, bench.image.path());
-    growth::expect_added(bench.image.path(), &UserModeLinux::finish(machine));
+    let control = bench.control();
+    bench.grow(12, [News::Signal(&bench.daemon), News::Command(&control)]);
+    bench.finish();
+}
+
+#[test]
+fn disk_grows_by_itself_when_the_daemon_watches_its_size() {
+    let make_image = |path: &Path| DiskImage::sparse(path, growth::SIZE_BYTES);
+    let Some(bench) = Bench::with_options(&["--watch-size"], make_image) else { return };
+    bench.grow(20, [News::Itself; 2]);
     bench.finish();
 }
 
