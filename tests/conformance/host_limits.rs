@@ -1,10 +1,10 @@
 //! A host that takes less than it is given, or cannot do what others can.
 
 use crate::control::{counts, stats};
-use crate::subject::{DISK_SECTORS, Subject, is_another_program};
+use crate::subject::{DISK_SECTORS, Subject, is_another_program, lacks_feature};
 use frontend::block::{
-    BlockDriver, Request, SECTOR_BYTES, Segment, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK,
-    VIRTIO_BLK_T_WRITE_ZEROES,
+    BlockDriver, Request, SECTOR_BYTES, Segment, VIRTIO_BLK_F_WRITE_ZEROES, VIRTIO_BLK_S_IOERR,
+    VIRTIO_BLK_S_OK, VIRTIO_BLK_T_WRITE_ZEROES,
 };
 use frontend::guest::Options;
 use std::fs::File;
@@ -46,6 +46,9 @@ fn zeroes_are_written_where_the_host_cannot_zero_a_range() {
     let Some(directory) = directory_in_memory() else { return };
     let subject = Subject::in_directory(directory, &[]);
     let mut driver = subject.driver(&Options::default());
+    if lacks_feature(&driver, VIRTIO_BLK_F_WRITE_ZEROES) {
+        return;
+    }
     let config = driver.config().expect("the configuration space can be read");
     for (sector, count) in [(9, 1), (100, 777), (1, 20_000)] {
         let count = count.min(config.max_write_zeroes_sectors());

@@ -1,7 +1,7 @@
 //! A daemon's life: one front end after another, never two at once, and a quick clean end.
 
 use crate::launch::must_fail;
-use crate::subject::{Subject, is_another_program, make_disk, must_work};
+use crate::subject::{Subject, is_another_program, make_disk, must_work, promise};
 use frontend::Error;
 use frontend::block::Request;
 use frontend::front_end::FrontEnd;
@@ -30,11 +30,8 @@ fn front_ends_come_and_go_in_the_middle_of_their_requests() {
             before = Some((subject.count("fd"), subject.count("task")));
         }
         if round == FRONT_ENDS - 1 {
-            assert_eq!(
-                Some((subject.count("fd"), subject.count("task"))),
-                before,
-                "descriptors and threads"
-            );
+            let now = Some((subject.count("fd"), subject.count("task")));
+            promise(now == before, || format!("descriptors and threads: {before:?}, then {now:?}"));
         }
         for at in 0..32 {
             driver.submit(0, &Request::write(at * 64, &[0x77; 32 << 10]));

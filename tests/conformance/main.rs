@@ -14,18 +14,11 @@
 //!   comes, with [`scattered`] data.
 //! - [`negotiation`], [`configuration`], [`memory_table`], [`requests`], [`rings`],
 //!   [`fairness`], [`notification`]: what a well-behaved front end and driver may rely on.
-//! - [`acknowledgement`]: duties of the specifications that no driver would notice soon if they were
-//!   neglected.
-//! - [`hostile_messages`], [`half_messages`], [`untimely`], [`hostile_memory`], [`hostile_rings`]:
-//!   what they may do to us.
-//! - [`acknowledgement`], [`suspension`]: duties of the specifications that no driver would notice
-//!   soon if they were neglected.
-//! - [`acknowledgement`], [`offers`], [`suspension`]: duties of the specifications that no driver
-//!   would notice soon if they were neglected.
 //! - [`acknowledgement`], [`offers`], [`release`], [`ring_fields`], [`suspension`]: duties of the
 //!   specifications that no driver would notice soon if they were neglected.
-//! - [`hostile_messages`], [`half_messages`], [`hostile_memory`], [`hostile_rings`]: what they may
-//!   do to us.
+//! - [`hostile_messages`], [`half_messages`], [`untimely`], [`hostile_memory`],
+//!   [`hostile_descriptors`], [`hostile_rings`], [`hostile_indexes`], [`memory_in_use`]: what they
+//!   may do to us; [`growth`]: the same, a thousand times.
 //!
 //! [`aftermath`] is what every hostile case ends with: the process lives, the next front end is
 //! served, and a well-behaved queue beside the attacked one was not disturbed. [`subject`] starts

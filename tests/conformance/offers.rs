@@ -1,7 +1,7 @@
 //! What is offered is meant: every part of it can be had by itself, and nothing is there that stands
 //! for something else (VIRTIO 1.3, 2.2.2, 2.5.2, 5.2.6.2 and 6.2).
 
-use crate::subject::{DISK_SECTORS, Subject, is_another_program, must_work};
+use crate::subject::{DISK_SECTORS, Subject, is_another_program, lacks_feature, must_work};
 use frontend::block::{
     Request, SECTOR_BYTES, Segment, VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE,
     VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_SEG_MAX,
@@ -128,6 +128,9 @@ fn flag_that_may_not_be_is_unsupported_whatever_else_is_wrong() {
     // if unmap is.
     let subject = Subject::start();
     let mut driver = subject.driver(&Options::default());
+    if lacks_feature(&driver, VIRTIO_BLK_F_DISCARD | VIRTIO_BLK_F_WRITE_ZEROES) {
+        return;
+    }
     let config = driver.config().expect("the configuration space can be read");
     let plain = Segment { sector: 0, count: 1, flags: 0 };
     let beyond = Segment { sector: DISK_SECTORS, ..plain };

@@ -1,13 +1,13 @@
 //! What a back end lets go of, and when: mappings of memory that was removed, descriptors that were
 //! replaced or never needed (vhost-user, "VHOST_USER_REM_MEM_REG" and "Ring states").
 
-use crate::subject::{Subject, must_work};
+use crate::subject::{Subject, lacks, must_work};
 use frontend::block::BlockDriver;
 use frontend::guest::{MemoryBy, Options};
 use frontend::memory::Shape;
 use frontend::message::{
-    VHOST_USER_REM_MEM_REG, VHOST_USER_SET_BACKEND_REQ_FD, VHOST_USER_SET_VRING_CALL,
-    VHOST_USER_SET_VRING_ERR, single_region,
+    VHOST_USER_PROTOCOL_F_BACKEND_REQ, VHOST_USER_REM_MEM_REG, VHOST_USER_SET_BACKEND_REQ_FD,
+    VHOST_USER_SET_VRING_CALL, VHOST_USER_SET_VRING_ERR, single_region,
 };
 use frontend::notifier::Notifier;
 use frontend::wire::{PATIENCE, Wire, readable};
@@ -84,6 +84,9 @@ fn descriptor_that_comes_with_a_removal_is_closed() {
 fn replaced_descriptors_are_closed() {
     let subject = Subject::start();
     let mut driver = driver(&subject);
+    if lacks(&driver, VHOST_USER_PROTOCOL_F_BACKEND_REQ) {
+        return;
+    }
     for request in [VHOST_USER_SET_VRING_CALL, VHOST_USER_SET_VRING_ERR] {
         let (mut reader, writer) = std::io::pipe().expect("pipes can be made");
         let front_end = &driver.guest.front_end;

@@ -61,6 +61,15 @@ pub(crate) fn lacks(driver: &BlockDriver, protocol_feature: u64) -> bool {
     lacks
 }
 
+/// The same of features of the device.
+pub(crate) fn lacks_feature(driver: &BlockDriver, feature: u64) -> bool {
+    let lacks = is_peer() && driver.guest.features & feature != feature;
+    if lacks {
+        eprintln!("skipped: not all of feature bits {feature:#x} are offered");
+    }
+    lacks
+}
+
 /// Whether the back end is not ours.
 pub(crate) fn is_peer() -> bool {
     std::env::var_os(COMMAND_VARIABLE).is_some()
@@ -270,25 +279,32 @@ impl Subject {
         loop {
             match attempt() {
                 Ok(served) => return served,
-                Err(_) if self.has_died() => panic!("the back end has died"),
                 Err(Error::HangUp | Error::System(_)) if Instant::now() < deadline => {
+                    self.must_live();
                     std::thread::yield_now()
                 }
-                Err(error) => panic!("the back end does not serve this front end: {error}"),
+                Err(error) => panic!("the back end does not serve this front end: {error:?}"),
             }
         }
     }
 
-    /// Whether the process has ended; nobody has waited for it yet, so its id is still its own.
-    fn has_died(&self) -> bool {
+    /// Fails if the process has ended. Nobody has waited for it yet, so its id is still its own.
+    #[track_caller]
+    fn must_live(&self) {
         let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.id())).unwrap_or_default();
-        stat.rsplit_once(") ").is_none_or(|(_, state)| state.starts_with(['Z', 'X']))
+        let has_died =
+            stat.rsplit_once(") ").is_none_or(|(_, state)| state.starts_with(['Z', 'X']));
+        // proc(5): the last field is what waitpid will say, the signal in its low bits.
+        let status =
+            stat.split_whitespace().next_back().and_then(|status| status.parse::<u32>().ok());
+        let signal = status.map_or(0, |status| status & 0x7f);
+        assert!(!has_died, "the back end has died (signal {signal})");
     }
 
     /// What every hostile case ends with: the process lives, and serves the next front end on all
     /// of its queues.
     pub(crate) fn must_serve_the_next(&mut self) {
-        assert!(!self.has_died(), "the back end has died");
+        self.must_live();
         let mut driver = self.driver(&Options { queue_count: QUEUE_COUNT, ..Options::default() });
         for queue in 0..QUEUE_COUNT {
             must_work(&mut driver, queue);

@@ -173,16 +173,18 @@ fn send(attacker: &Attacker, parts: &Parts, row: &Row) -> Reaction {
 
 /// Ring 0 can be set up again, whatever was said about it.
 fn must_start_over(attacker: &mut Attacker, what: &str) {
+    // No specification demands it.
+    if is_peer() {
+        return;
+    }
     let driver = &mut attacker.driver;
     let restarted = driver.guest.front_end.get_vring_base(0).and_then(|_| {
         let base = driver.guest.queues[0].ring().used_index();
         driver.guest.start_queue(0, u32::from(base))?;
         driver.guest.enable(0)
     });
-    promise(restarted.is_ok(), || format!("{what}: the ring does not start over: {restarted:?}"));
-    if restarted.is_ok() {
-        must_work(driver, 0);
-    }
+    assert!(restarted.is_ok(), "{what}: the ring does not start over: {restarted:?}");
+    must_work(driver, 0);
 }
 
 #[test]
