@@ -22,7 +22,7 @@ use crate::config::QueueLimits;
 use crate::disk::{Disk, DiskSpec, OpenOptions};
 
 /// The largest of the rings.
-const RING_SIZE_MAX: u16 = 32;
+const RING_SIZE_MAX: u16 = 128;
 
 /// A device over a file that nobody reads or writes: the simulated disk takes its place.
 fn device(mode: Mode, queue_count: u16) -> BlockDevice {

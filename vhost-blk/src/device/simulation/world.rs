@@ -22,12 +22,14 @@ use super::storage::{Content, SECTOR, Storage};
 use super::{RING_SIZE_MAX, device};
 use crate::device::BlockDevice;
 
-/// Sizes of the rings: the largest has more entries than it has bounce buffers.
+/// Sizes of the rings.
 const RINGS: [u16; 3] = [4, 8, RING_SIZE_MAX];
+/// Most requests of a ring at a time: more than it has bounce buffers.
+const REQUESTS_MAX: u64 = 40;
 /// Where the indirect tables of a ring begin, its requests' places after them.
 const TABLES: u64 = 0x4000;
 const TABLE_BYTES: u64 = 0x200;
-const PLACES: u64 = 0x8000;
+const PLACES: u64 = 0x10000;
 
 /// What becomes of operations.
 #[derive(Clone, Copy, Debug)]
@@ -141,7 +143,7 @@ impl World {
                 first,
                 answered: 0,
                 requests: BTreeMap::new(),
-                places: (0..u64::from(size))
+                places: (0..REQUESTS_MAX.min(size.into()))
                     .map(|n| at + PLACES + n * mode.scale.place_bytes)
                     .collect(),
                 heard: 0,
@@ -199,7 +201,7 @@ impl World {
     fn send(&mut self, index: usize) {
         let ring = &mut self.rings[index];
         let scale = self.mode.scale;
-        let most = if self.random.once_in(8) { u64::from(RING_SIZE_MAX) } else { 4 };
+        let most = if self.random.once_in(8) { REQUESTS_MAX } else { 4 };
         for _ in 0..self.random.within(1..most) {
             let Some(place) = ring.places.pop() else { break };
             let ask = Ask::any(self.patterns, scale, &mut self.random);
@@ -635,7 +637,7 @@ impl Fate {
 
 /// Memory that a ring has for itself, with its requests.
 fn ring_bytes(mode: Mode) -> u64 {
-    (PLACES + u64::from(RING_SIZE_MAX) * mode.scale.place_bytes).next_multiple_of(0x10_0000)
+    (PLACES + REQUESTS_MAX * mode.scale.place_bytes).next_multiple_of(0x10_0000)
 }
 
 /// A number that no two requests of a run have: their places and their times differ.
