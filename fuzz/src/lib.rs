@@ -7,6 +7,7 @@
 //! | [`connection`] | a stream of them, and where it is cut | [`message`]'s parser on each message whole |
 //! | [`session`] | messages in any order, and what the daemon makes of them | the ring states of the vhost-user text |
 //! | [`ring`] | stores of a driver between the device's steps | a second reading of VIRTIO's split virtqueue |
+//! | [`request`] | block requests, what the disk makes of them, and when | a second reading of VIRTIO's block device |
 //! | [`control`] | what a client of the control socket sends | one answer a line |
 //!
 //! # Contract
@@ -21,6 +22,7 @@ pub mod connection;
 pub mod control;
 pub mod message;
 
+pub mod request;
 pub mod ring;
 mod script;
 pub mod session;

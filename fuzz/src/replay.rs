@@ -42,6 +42,11 @@ fn ring_bears_its_seeds() {
 }
 
 #[test]
+fn request_bears_its_seeds() {
+    replay("request", crate::request::run);
+}
+
+#[test]
 fn control_bears_its_seeds() {
     replay("control", crate::control::run);
 }
