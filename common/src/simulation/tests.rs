@@ -19,6 +19,8 @@ struct Echo;
 
 struct EchoQueue {
     out: Vec<Option<Chain>>,
+    /// It also pops when an operation has ended.
+    eager: bool,
 }
 
 impl Device for Echo {
@@ -41,8 +43,8 @@ impl Device for Echo {
     fn files(&self) -> Vec<BorrowedFd<'_>> {
         Vec::new()
     }
-    fn open_queue(&self, _index: u16, _features: u64, size: u16) -> EchoQueue {
-        EchoQueue { out: (0..size).map(|_| None).collect() }
+    fn open_queue(&self, index: u16, _features: u64, size: u16) -> EchoQueue {
+        EchoQueue { out: (0..size).map(|_| None).collect(), eager: index > 0 }
     }
 }
 
@@ -66,8 +68,9 @@ impl DeviceQueue for EchoQueue {
         let chain = self.out[usize::from(done.token.slot)].take().expect("a chain that is out");
         let written = io.writable(&chain).len_bytes() as u32;
         io.finish(chain, written, Account { kind: 0, bytes: 0, failed: false });
-        // A queue may pop whenever it is called.
-        self.process(io);
+        if self.eager {
+            self.process(io);
+        }
     }
 }
 
@@ -80,6 +83,10 @@ struct Sleeper {
     waits_for: u64,
     got: u64,
     running: bool,
+    /// Turns since it was asked to stop.
+    turns: u64,
+    /// Operations that had been submitted when the worker had heard of that.
+    submitted: u64,
 }
 
 struct Play {
@@ -110,6 +117,8 @@ impl Play {
                 waits_for: 0,
                 got: 0,
                 running: true,
+                turns: 0,
+                submitted: 0,
             });
         }
         Self { stage, sleepers, random }
@@ -135,9 +144,11 @@ impl Play {
                 stage.limit(unit, &Change::parse(spec, unit).expect(spec));
             }
             0 | 1 => sleeper.send(queue, stage.kernel(), random),
-            2 => drop(stage.turn()),
+            2 => self.turn(|_kernel, _play| {}),
             // The driver is quicker than the worker's last look.
-            3 => drop(stage.turn_with(|kernel| sleeper.send(queue, kernel, random))),
+            3 => self.turn(|kernel, (sleepers, random)| {
+                sleepers[index].send(queue, kernel, random);
+            }),
             4 | 5 => {
                 let held = stage.kernel().held();
                 if !held.is_empty() {
@@ -147,24 +158,42 @@ impl Play {
             6 => drop(sleeper.wake(queue, stage)),
             _ if random.once_in(4) && sleeper.running => {
                 stage.stop(queue);
-                sleeper.running = false;
+                (sleeper.running, sleeper.turns) = (false, 0);
             }
             _ => drop(sleeper.restart(queue, stage)),
         }
     }
 
+    fn turn(&mut self, meanwhile: impl FnOnce(&Kernel, (&mut [Sleeper], &mut Random))) {
+        let Self { stage, sleepers, random } = self;
+        if !stage.turn_with(|kernel| meanwhile(kernel, (sleepers, random))) {
+            return;
+        }
+        let kernel = stage.kernel();
+        for (queue, sleeper) in (0..).zip(sleepers).filter(|(_, sleeper)| !sleeper.running) {
+            sleeper.turns += 1;
+            // The first turn may have brought the mail that the second has read.
+            if sleeper.turns == 2 {
+                sleeper.submitted = kernel.submitted();
+            }
+            let before = |number| sleeper.turns < 2 || number < sleeper.submitted;
+            let held = kernel.held();
+            let mut held = held.iter().filter(|operation| operation.queue == queue);
+            assert!(held.all(|operation| before(operation.number)), "a ring that stops pops");
+        }
+    }
+
     /// Everything that is under way ends; nothing new begins but what that calls for.
     fn settle(&mut self) {
-        let Self { stage, sleepers, .. } = self;
         loop {
-            let mut goes_on = stage.turn();
-            for operation in stage.kernel().held() {
-                stage.kernel().end(operation.number, Ok(0));
+            let mut goes_on = self.stage.turn();
+            for operation in self.stage.kernel().held() {
+                self.stage.kernel().end(operation.number, Ok(0));
                 goes_on = true;
             }
-            for (queue, sleeper) in (0..).zip(sleepers.iter_mut()) {
-                goes_on |= sleeper.wake(queue, stage);
-                goes_on |= sleeper.restart(queue, stage);
+            for (queue, sleeper) in (0..).zip(self.sleepers.iter_mut()) {
+                goes_on |= sleeper.wake(queue, &self.stage);
+                goes_on |= sleeper.restart(queue, &mut self.stage);
             }
             match stage.wakes_at_ns() {
                 Some(wakes_at_ns) if !goes_on => stage.advance_to(wakes_at_ns),
@@ -172,11 +201,27 @@ impl Play {
                 _ => {}
             }
         }
-        for sleeper in sleepers {
+        for sleeper in &self.sleepers {
             assert_eq!(sleeper.got, sleeper.waits_for, "the driver sleeps, and so does the worker");
         }
-        while let Some(told) = stage.told() {
+        while let Some(told) = self.stage.told() {
             assert!(matches!(told, WorkerEvent::KickLost { .. }), "{told:?}");
+        }
+    }
+
+    /// One request at a time, so that nothing but itself wakes the worker for it.
+    fn wake_by_each(&mut self) {
+        for _ in 0..8 {
+            let index = self.random.index(self.sleepers.len());
+            let queue = index as u16;
+            if self.random.once_in(2) {
+                self.sleepers[index].send(queue, self.stage.kernel(), &mut self.random);
+            } else {
+                // A kick for nothing, and then the driver is quicker than the worker's last look.
+                self.stage.kernel().kick(queue);
+                self.turn(|kernel, (sleepers, random)| sleepers[index].send(queue, kernel, random));
+            }
+            self.settle();
         }
     }
 }
@@ -238,6 +283,7 @@ fn nobody_sleeps_while_work_waits_and_a_drained_ring_goes_on_at_its_base() {
             play.step();
         }
         play.settle();
+        play.wake_by_each();
         let counted: u64 =
             play.stage.metrics().queues.iter().map(|queue| queue.kinds[0].requests.get()).sum();
         let sent: u64 = play.sleepers.iter().map(|sleeper| sleeper.waits_for).sum();
