@@ -233,14 +233,16 @@ impl Subject {
         }
     }
 
-    /// CPU time that the process has used, by a clock of 100 Hz in general.
+    /// CPU time that the threads which the process has by now have used.
     pub(crate) fn cpu_time(&self) -> Duration {
-        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.id())).expect("it lives");
-        let (_, fields) = stat.rsplit_once(") ").expect("a name in brackets");
-        // proc_pid_stat(5): utime and stime are fields 14 and 15; the state, field 3, comes first here.
-        let ticks = fields.split(' ').skip(11).take(2).map(|field| field.parse::<u64>());
-        let ticks: u64 = ticks.sum::<Result<_, _>>().expect("numbers");
-        Duration::from_millis(1000 * ticks / rustix::param::clock_ticks_per_second())
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.id())).expect("it lives");
+        let times = tasks.flatten().map(|task| {
+            // A thread that has just ended has used nothing.
+            let stat = std::fs::read_to_string(task.path().join("schedstat")).unwrap_or_default();
+            let ns = stat.split(' ').next().and_then(|ns| ns.parse().ok());
+            Duration::from_nanos(ns.unwrap_or(0))
+        });
+        times.sum()
     }
 
     /// Entries of a directory of the process in `/proc`: its descriptors (`fd`) or its threads

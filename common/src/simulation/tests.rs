@@ -292,6 +292,31 @@ fn nobody_sleeps_while_work_waits_and_a_drained_ring_goes_on_at_its_base() {
 }
 
 #[test]
+fn ring_that_is_stopping_is_left_alone_when_its_limit_would_let_it_go_on() {
+    let guest = Arc::new(Guest::new(&[(0, 0x10000)]));
+    let mut stage = Stage::new(Arc::new(Echo), 1);
+    let layout = Layout { size: SIZE, descriptors: 0, available: 0x400, used: 0x800 };
+    let mut driver = Driver::new(guest, layout, 0);
+    stage.start(0, driver.setup(0)).expect("a ring");
+    stage.limit(Unit::Operations, &Change::parse("1", Unit::Operations).expect("a limit"));
+    let mut random = Random::new(1);
+    for _ in 0..2 {
+        driver.add((&[], &[(0x1000, 65)]), None, &mut random).expect("there is room");
+    }
+    driver.publish();
+    while stage.turn() {}
+    assert_eq!(stage.kernel().held().len(), 1, "one goes, the other waits");
+    stage.stop(0);
+    while stage.turn() {}
+    stage.advance(2_000_000_000);
+    while stage.turn() {}
+    assert_eq!(driver.used_flags(), 0, "who serves it next relies on a kick");
+    stage.kernel().end(stage.kernel().held()[0].number, Ok(0));
+    while stage.turn() {}
+    assert_eq!(stage.stopped(0), Some(1));
+}
+
+#[test]
 fn seed_determines_the_play() {
     let run = |seed| {
         let mut play = Play::new(seed);
