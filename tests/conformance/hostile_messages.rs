@@ -21,6 +21,10 @@ use frontend::wire::PATIENCE;
 use std::net::Shutdown;
 use std::os::fd::BorrowedFd;
 
+/// Descriptors that a message can have: those of the longest memory table. Who sends more may have
+/// lost some on the way, and is in step no more.
+const MOST_DESCRIPTORS: usize = 32;
+
 /// Everything that is offered, as all of it can be attacked.
 fn everything() -> Options {
     Options { protocol_features: u64::MAX, ..Options::default() }
@@ -88,12 +92,13 @@ impl<'a> Sender<'a> {
             None => Attacker::begin(self.subject, &self.asks.options()),
         };
         let reaction = attacker.send((request, self.asks.flags()), payload, fds);
-        let refused = match reaction {
-            // A refused GET_CONFIG has an answer of its own, one without data.
-            Reaction::Refused => self.asks == Asks::Yes || request == VHOST_USER_GET_CONFIG,
-            Reaction::HungUp => true,
-            Reaction::Answered | Reaction::Ignored => false,
-        };
+        let is_answered = TABLE.iter().any(|row| row.request == request && row.answered);
+        // The answer to GET_CONFIG has a form that says no: one without data.
+        let can_be_told =
+            request == VHOST_USER_GET_CONFIG || self.asks == Asks::Yes && !is_answered;
+        let is_told = can_be_told && fds.len() <= MOST_DESCRIPTORS;
+        let due = if is_told { Reaction::Refused } else { Reaction::HungUp };
+        let refused = reaction == due;
         promise(refused, || format!("{}: {reaction:?}", what()));
         if reaction == Reaction::HungUp {
             attacker.after(self.subject, Session::Over, &what());

@@ -2,13 +2,13 @@
 //! field of a descriptor, in the table and in an indirect one.
 
 use crate::ring_attack::{
-    Attack, Reaction, SIZE, TABLE_BYTES, breaks, descriptor, ends, fails, under,
+    Attack, Reaction, SIZE, TABLE_BYTES, UNWRITTEN, breaks, descriptor, ends, fails, under,
 };
 use crate::subject::{QUEUE_COUNT, Subject, is_ours_to_promise, must_work, promise};
 use frontend::block::{Request, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT};
 use frontend::guest::Options;
 use frontend::ring::{
-    VIRTQ_DESC_F_INDIRECT, VIRTQ_DESC_F_NEXT as NEXT, VIRTQ_DESC_F_WRITE as WRITE,
+    DESCRIPTOR_BYTES, VIRTQ_DESC_F_INDIRECT, VIRTQ_DESC_F_NEXT as NEXT, VIRTQ_DESC_F_WRITE as WRITE,
 };
 use frontend::wire::PATIENCE;
 use std::cell::OnceCell;
@@ -60,9 +60,24 @@ fn available_index_that_jumps() {
     let mut subject = Subject::start();
     let (far, back) = ([0x7fff, 0x8001], (0..15).map(|bit| 0_u16.wrapping_sub(1 << bit)));
     for ahead in (5..16).map(|bit| 1 << bit).chain([SIZE + 1]).chain(far).chain(back) {
+        let status = OnceCell::new();
         breaks(&mut subject, &format!("{ahead} ahead"), |attack| {
+            // Whoever believes the index finds a good request in every entry.
+            let memory = attack.ring.memory();
+            for (at, part) in (0..).zip(attack.good()) {
+                memory.write(attack.table + at * DESCRIPTOR_BYTES, &part.encode());
+            }
+            for index in 0..SIZE {
+                let all = descriptor(attack.table, 48, VIRTQ_DESC_F_INDIRECT, 0);
+                attack.ring.write_descriptor(index, &all);
+                attack.ring.write_available(index, index);
+            }
             attack.ring.set_available_index(attack.ring.available_index().wrapping_add(ahead));
+            status.set((Arc::clone(memory), attack.status)).expect("there is one attack");
         });
+        let (memory, status) = status.get().expect("the attack was run");
+        let untouched = memory.read(*status, 1) == [UNWRITTEN];
+        promise(untouched, || format!("{ahead} ahead: a request was served that was not made"));
     }
 }
 
