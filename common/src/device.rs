@@ -340,6 +340,7 @@ impl QueueIo<'_> {
 
     /// Ends a chain as if it had never been popped; of several, the newest first.
     pub fn retract(&mut self, chain: Chain) {
+        self.state.budget += 1;
         self.ring.retract(chain);
     }
 

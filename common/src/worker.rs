@@ -24,7 +24,7 @@ use tokio::sync::{mpsc, oneshot};
 pub use self::kick::{Kick, NoEventfd};
 use self::mailbox::Mailbox;
 use self::ring::{ActiveRing, Notice};
-use self::spin::Spin;
+use self::spin::{LOOK_MAX, Spin};
 use crate::device::{Device, HostFault};
 use crate::engine::{Completion, Engine, EngineError, EngineKind, Event, Subject, Wait};
 use crate::memory::MemoryMap;
@@ -311,10 +311,12 @@ impl<D: Device> Worker<D> {
     fn run(mut self) {
         let ended = self.turns();
         self.mailbox.close();
+        // A ring that is still here, as when another worker's engine has failed, was not drained:
+        // the kernel may reach its buffers.
+        for ring in self.rings.drain(..).flatten() {
+            ring.abandon();
+        }
         if let Err(fault) = ended {
-            for ring in self.rings.drain(..).flatten() {
-                ring.abandon();
-            }
             tell(&self.events, WorkerEvent::EngineFailed(fault));
         }
     }
@@ -374,7 +376,9 @@ impl<D: Device> Worker<D> {
         spin: &mut Spin,
         events: &mut Vec<Event>,
     ) -> std::io::Result<()> {
-        if spin.is_worth_it() {
+        // Who has to be up soon, looks at the clock only.
+        let is_short = matches!(wait, Wait::AtMost(limit) if limit <= LOOK_MAX);
+        if spin.is_worth_it() && !is_short {
             self.engine.send()?;
             let Self { engine, rings, .. } = self;
             let found = spin

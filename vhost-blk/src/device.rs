@@ -131,6 +131,8 @@ struct Work {
     bounced: bool,
     /// Something was changed, and may not be stable.
     volatile: bool,
+    /// The last write was to be stable when it ended.
+    stable: bool,
 }
 
 /// Which operation a request waits for.
@@ -206,8 +208,9 @@ impl BlockQueue {
         if !is_admitted(request, len_bytes, io) {
             return io.retract(chain);
         }
-        let (step, done, volatile) = (Step::Sync, 0, false);
-        let mut work = Work { chain, request, step, len_bytes, done, bounced, volatile };
+        let (step, done) = (Step::Sync, 0);
+        let (volatile, stable) = (false, false);
+        let mut work = Work { chain, request, step, len_bytes, done, bounced, volatile, stable };
         match self.first_step(&work) {
             Some(step) => {
                 work.step = step;
@@ -295,6 +298,7 @@ impl BlockQueue {
                 let is_all = len_bytes == work.len_bytes;
                 let durable = is_all && self.submits_stable();
                 work.volatile |= !durable;
+                work.stable = durable;
                 if matches!(way, Way::Bounced { .. }) {
                     let data = io.readable(&work.chain).slice(from, len_bytes as usize);
                     io.bounce(&work.chain).copy_from(data);
@@ -334,7 +338,17 @@ impl BlockQueue {
         match (work.step, result) {
             // The kernel was interrupted before it did anything.
             (_, Err(Errno::INTR)) => Next::Step(work),
-            (Step::Sync, result) => Next::Done(work, result.map(drop)),
+            (Step::Sync, Ok(_)) => self.confirm(work),
+            (Step::Sync, Err(errno)) => {
+                self.disk.cache().lose();
+                Next::Done(work, Err(errno))
+            }
+            // Its sync may have failed. Other errors are the write's own, as that of a full host is,
+            // which an operator can mend.
+            (Step::Transfer(_), Err(Errno::IO)) if work.stable => {
+                self.disk.cache().lose();
+                Next::Done(work, Err(Errno::IO))
+            }
             (Step::Transfer(way), Ok(bytes)) => {
                 let moved = moved(&work, way, u64::from(bytes), io);
                 work.done += moved;
@@ -386,7 +400,13 @@ impl BlockQueue {
             work.step = Step::Sync;
             return Next::Step(work);
         }
-        Next::Done(work, Ok(()))
+        if work.stable { self.confirm(work) } else { Next::Done(work, Ok(())) }
+    }
+
+    /// All that a request was to make stable is, unless the host has lost something.
+    fn confirm(&self, work: Work) -> Next {
+        let outcome = if self.disk.cache().has_lost() { Err(Errno::IO) } else { Ok(()) };
+        Next::Done(work, outcome)
     }
 
     /// Answers a request whose operations have ended.

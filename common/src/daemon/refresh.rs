@@ -49,20 +49,21 @@ struct Audience {
 impl Audience {
     /// Has the front end look at the configuration space, if it is to; what came of that.
     fn tell(&mut self) -> String {
-        // vhost-user, "Suspended device state": while all rings are stopped the back end must not
-        // send messages. The first ring that starts brings it.
-        if !self.runs {
-            return "told when a ring starts".to_owned();
-        }
         match &mut self.channel {
-            Some(channel) if self.reads_config => {
+            None => "not told: it has no back-end channel".to_owned(),
+            Some(_) if !self.reads_config => {
+                "not told: it does not read the configuration space from here".to_owned()
+            }
+            // vhost-user, "Suspended device state": while all rings are stopped the back end must
+            // not send messages. The first ring that starts brings it.
+            Some(_) if !self.runs => "told when a ring starts".to_owned(),
+            Some(channel) => {
                 self.untold = false;
                 match channel.config_changed() {
                     Ok(()) => "told".to_owned(),
                     Err(error) => format!("not told: {error}"),
                 }
             }
-            _ => "not told: it has no back-end channel".to_owned(),
         }
     }
 }

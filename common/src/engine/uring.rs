@@ -82,8 +82,11 @@ impl Uring {
         }
         // A filter may let a ring be made and not be used.
         uring.push(Subject::Mail, opcode::Nop::new().build())?;
-        uring.enter(1)?;
-        Ok(())
+        match uring.enter(1) {
+            // A signal has come in between.
+            Err(error) if !is_passing(&error) => Err(error.into()),
+            _ => Ok(()),
+        }
     }
 
     /// `submit_and_wait` that also asks for completions when it need not wait: with deferred task

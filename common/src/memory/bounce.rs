@@ -26,7 +26,7 @@ pub const BOUNCE_BYTES: usize = 128 << 10;
 pub const BOUNCE_ALIGNMENT: usize = 4096;
 
 /// Aligned bytes of this process that the kernel may be lent.
-pub struct BounceBuffer {
+pub(crate) struct BounceBuffer {
     start: NonNull<u8>,
     bytes: HostBuffer,
 }
@@ -36,7 +36,7 @@ unsafe impl Send for BounceBuffer {}
 
 impl BounceBuffer {
     /// Allocates one. The bytes are zero, so that no error ever shows a guest what had been there.
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         // SAFETY: the layout's size is not zero.
         let start = unsafe { alloc_zeroed(Self::layout()) };
         let Some(start) = NonNull::new(start) else { handle_alloc_error(Self::layout()) };
@@ -44,7 +44,7 @@ impl BounceBuffer {
     }
 
     /// All its bytes, in the form of a list of buffers.
-    pub fn bytes(&self) -> &[HostBuffer] {
+    pub(crate) fn bytes(&self) -> &[HostBuffer] {
         std::slice::from_ref(&self.bytes)
     }
 

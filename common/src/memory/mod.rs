@@ -27,7 +27,8 @@ mod map;
 mod region;
 pub mod sigbus;
 
-pub use bounce::{BOUNCE_ALIGNMENT, BOUNCE_BYTES, BounceBuffer};
+pub(crate) use bounce::BounceBuffer;
+pub use bounce::{BOUNCE_ALIGNMENT, BOUNCE_BYTES};
 pub use buffer::HostBuffer;
 pub use map::{AccessError, FrontendAddress, GuestAddress, MemoryMap, RegionSpec};
 pub use region::{MapError, Region};

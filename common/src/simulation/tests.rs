@@ -195,8 +195,8 @@ impl Play {
                 goes_on |= sleeper.wake(queue, &self.stage);
                 goes_on |= sleeper.restart(queue, &mut self.stage);
             }
-            match stage.wakes_at_ns() {
-                Some(wakes_at_ns) if !goes_on => stage.advance_to(wakes_at_ns),
+            match self.stage.wakes_at_ns() {
+                Some(wakes_at_ns) if !goes_on => self.stage.advance_to(wakes_at_ns),
                 None if !goes_on => break,
                 _ => {}
             }

@@ -167,6 +167,13 @@ impl<Q: DeviceQueue> ActiveRing<Q> {
         }
     }
 
+    /// Gives back the place of a request that waits no more.
+    fn leave_line(&mut self) {
+        if let Some(place) = self.turn.place.take() {
+            self.limits.give_back(place);
+        }
+    }
+
     /// There are other limits: who waits asks again.
     pub(super) fn limits_changed(&mut self) {
         self.runnable |= self.is_throttled();
@@ -176,7 +183,7 @@ impl<Q: DeviceQueue> ActiveRing<Q> {
         self.runnable
     }
 
-    /// Lets the device pop; true when it popped anything.
+    /// Lets the device pop; true when it popped anything and kept it.
     pub(super) fn process(&mut self, now_ns: u64, engine: &mut dyn Engine) -> bool {
         self.runnable = false;
         self.turn.now_ns = now_ns;
@@ -187,6 +194,10 @@ impl<Q: DeviceQueue> ActiveRing<Q> {
         self.with_queue(engine, |queue, io| queue.process(io));
         self.runnable = self.turn.more;
         self.due_ns = self.turn.throttled_until_ns;
+        if self.due_ns.is_none() {
+            // The request that waited is gone: the driver has changed it, or broken the ring.
+            self.leave_line();
+        }
         self.turn.budget != MAX_CHAINS_PER_TURN
     }
 
@@ -311,9 +322,7 @@ impl<Q: DeviceQueue> ActiveRing<Q> {
         self.turn.stopping = true;
         self.turn.throttled_until_ns = None;
         (self.runnable, self.due_ns) = (false, None);
-        if let Some(place) = self.turn.place.take() {
-            self.limits.give_back(place);
-        }
+        self.leave_line();
         self.with_queue(engine, |queue, io| queue.stop(io));
         // Whoever serves the ring next may rely on a kick.
         if let Err(fault) = self.ring.request_kick() {

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 /// The longest look. About what a wake-up costs: who looks this long in vain has lost as much as
 /// it could have won.
-const LOOK_MAX: Duration = Duration::from_micros(50);
+pub(super) const LOOK_MAX: Duration = Duration::from_micros(50);
 /// Looks that are shorter than this find nothing.
 const LOOK_MIN: Duration = Duration::from_micros(5);
 /// A sleep shorter than this would have been a successful look: its end includes a wake-up.

@@ -10,10 +10,14 @@
 //! either end of it. VIRTIO 1.3, 5.2.6.2 leaves a switch in the middle of a write undefined; but
 //! drivers do switch while writes are in flight, and send no flush ever after.
 //!
+//! A host that fails a sync forgets what it had not written: it tells so once, and a second sync
+//! succeeds although the data is gone. So nothing is called stable any more once a sync has failed
+//! ([`WriteCache::lose`]), until the daemon is started anew.
+//!
 //! What it does not do: any I/O. [`WriteCache::settle`] is given the sync to make.
 
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use std::sync::{Mutex, PoisonError};
 
 use clap::ValueEnum;
@@ -76,6 +80,8 @@ const STAND_BITS: u32 = 2;
 pub(crate) struct WriteCache {
     caching: Caching,
     state: AtomicU64,
+    /// A sync has failed.
+    lost: AtomicBool,
     /// Whether somebody is settling. The control plane's; no queue looks at it.
     settles: Mutex<bool>,
 }
@@ -83,7 +89,12 @@ pub(crate) struct WriteCache {
 impl WriteCache {
     pub(super) fn new(caching: Caching) -> Self {
         let stand = if caching.write_back { Stand::WriteBack } else { Stand::WriteThrough };
-        Self { caching, state: AtomicU64::new(stand as u64), settles: Mutex::new(false) }
+        Self {
+            caching,
+            state: AtomicU64::new(stand as u64),
+            lost: AtomicBool::new(false),
+            settles: Mutex::new(false),
+        }
     }
 
     /// Whether the driver may expect a write-back cache.
@@ -94,6 +105,18 @@ impl WriteCache {
     /// Whether anything is ever made stable.
     pub(crate) fn syncs(&self) -> bool {
         self.caching.syncs
+    }
+
+    /// A sync has failed, or a write that was to be stable: what was written before may be lost.
+    pub(crate) fn lose(&self) {
+        self.lost.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether something may be lost that a driver was to find stable. Asked before it is told that
+    /// something is: also by who has just had a sync that succeeded, since the one that failed may
+    /// have been told of the data of both.
+    pub(crate) fn has_lost(&self) -> bool {
+        self.lost.load(Ordering::Relaxed)
     }
 
     /// Whether a write that is submitted now is to be stable when it ends. If not, ask
@@ -146,11 +169,14 @@ impl WriteCache {
     /// switch is left to do that for.
     ///
     /// # Errors
-    /// That of `sync`; each write is followed by a sync from then on, which tells the driver.
+    /// That of `sync`; from then on each write fails, which tells the driver.
     pub(crate) fn settle(&self, mut sync: impl FnMut() -> io::Result<()>) -> io::Result<()> {
         loop {
             let before = self.state.load(Ordering::Relaxed);
             let synced = if stand(before) == Stand::Settling { sync() } else { Ok(()) };
+            if synced.is_err() {
+                self.lose();
+            }
             let mut settles = self.settles.lock().unwrap_or_else(PoisonError::into_inner);
             if synced.is_ok() && stand(before) == Stand::Settling {
                 let settled = (before >> STAND_BITS) << STAND_BITS | Stand::WriteThrough as u64;
@@ -244,11 +270,12 @@ mod tests {
     }
 
     #[test]
-    fn sync_that_fails_leaves_it_to_the_writes() {
+    fn failed_sync_is_not_forgotten() {
         let cache = cache(CacheMode::Writeback);
         assert!(cache.switch(false));
         assert!(cache.settle(|| Err(io::Error::other("broken"))).is_err());
         assert!(!cache.submits_stable() && cache.must_sync() && !cache.is_write_back());
+        assert!(cache.has_lost());
     }
 
     #[test]

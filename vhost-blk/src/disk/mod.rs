@@ -394,7 +394,7 @@ impl Disk {
             let file = disk.file.as_ref();
             let synced = disk.cache.settle(|| file.map_or(Ok(()), File::sync_data));
             if let Err(error) = synced {
-                warn!(%error, "what the guest wrote before cannot be made stable");
+                warn!(%error, "what the guest wrote before is lost: writes fail from now on");
             }
         };
         if let Err(error) = std::thread::Builder::new().name("settle".to_owned()).spawn(sync) {

@@ -3,7 +3,8 @@
 //! Contract: what an operation has written is seen by all that come later, but a power cut may undo
 //! it, sector by sector and each on its own, until it is stable. Stable is what a durable write has
 //! written when it ends, and what had ended when a sync was submitted that has ended. Of versions that
-//! are not, a cut leaves any.
+//! are not, a cut leaves any. A sync that fails forgets what was written, as Linux does: no later one makes
+//! up for it.
 
 use crate::disk::SECTOR_BYTES;
 
@@ -25,12 +26,15 @@ struct Version {
     by: u64,
     /// When that ended.
     ended: Option<u64>,
+    /// A sync of it has failed: the host has forgotten that it is to be written.
+    forgotten: bool,
 }
 
 impl Storage {
     /// A disk whose sectors hold this, and it is stable.
     pub(super) fn new(contents: impl Iterator<Item = Content>) -> Self {
-        let version = |content| vec![Version { content, by: u64::MAX, ended: Some(0) }];
+        let version =
+            |content| vec![Version { content, by: u64::MAX, ended: Some(0), forgotten: false }];
         Self { sectors: contents.map(version).collect() }
     }
 
@@ -56,7 +60,7 @@ impl Storage {
             let mut content = sector[sector.len() - 1].content;
             let (now, later) = rest.split_at((SECTOR - at % SECTOR).min(rest.len()));
             content[at % SECTOR..][..now.len()].copy_from_slice(now);
-            sector.push(Version { content, by, ended: None });
+            sector.push(Version { content, by, ended: None, forgotten: false });
             at += now.len();
             rest = later;
         }
@@ -81,6 +85,13 @@ impl Storage {
         }
     }
 
+    /// A sync has failed: what had been written will never be stable, whoever syncs.
+    pub(super) fn sync_failed(&mut self) {
+        for sector in &mut self.sectors {
+            sector.iter_mut().skip(1).for_each(|version| version.forgotten = true);
+        }
+    }
+
     /// Number of sectors.
     pub(super) fn len(&self) -> usize {
         self.sectors.len()
@@ -94,7 +105,8 @@ impl Storage {
 
 /// Forgets what came before the last version that `is_stable`.
 fn settle(sector: &mut Vec<Version>, is_stable: impl Fn(&Version) -> bool) {
-    if let Some(last) = sector.iter().rposition(is_stable) {
+    let is_held = |version: &Version| is_stable(version) && !version.forgotten;
+    if let Some(last) = sector.iter().rposition(is_held) {
         sector.drain(..last);
     }
 }
@@ -132,6 +144,18 @@ mod tests {
         storage.synced(6);
         assert_eq!(survivors(&storage, 0), [1]);
         assert_eq!(survivors(&storage, 1), [0, 2, 3]);
+    }
+
+    #[test]
+    fn what_a_failed_sync_has_forgotten_no_other_holds() {
+        let mut storage = storage();
+        storage.write(1, 0, &[1; SECTOR]);
+        storage.ended(1, 5, false);
+        storage.sync_failed();
+        storage.write(2, SECTOR as u64, &[2; SECTOR]);
+        storage.ended(2, 6, false);
+        storage.synced(7);
+        assert_eq!((survivors(&storage, 0), survivors(&storage, 1)), (vec![0, 1], vec![2]));
     }
 
     #[test]

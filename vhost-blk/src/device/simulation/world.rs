@@ -99,6 +99,8 @@ pub(super) struct World {
     maps: Vec<Weak<MemoryMap>>,
     /// Rings that went on after they had stopped.
     pub(super) restarts: u64,
+    /// A sync has failed, so that nothing may be called stable any more.
+    pub(super) lost: bool,
     is_told: bool,
 }
 
@@ -165,6 +167,7 @@ impl World {
             luck,
             write_back: mode.starts_write_back(),
             switched: 0,
+            lost: false,
             now: 1,
             patterns: 1,
             answers: Answers::default(),
@@ -341,9 +344,6 @@ impl World {
             for _ in 0..self.random.within(0..40) {
                 self.step();
             }
-            if self.random.once_in(8) {
-                return Err(std::io::Error::other("the host's sync failed"));
-            }
             self.storage.synced(submitted);
             Ok(())
         });
@@ -472,12 +472,19 @@ impl World {
             Work::Zero { .. } if result.is_ok() => {
                 self.storage.ended(operation.number, self.now, false);
             }
+            Work::Sync if result != Err(Errno::INTR) => self.lose(),
+            Work::Write { durable: true, .. } if result == Err(Errno::IO) => self.lose(),
             _ => {}
         }
         self.blame(operation, result);
         self.tell("ended", &(operation.number, result));
         self.stage.kernel().end(operation.number, result);
         true
+    }
+
+    fn lose(&mut self) {
+        self.lost = true;
+        self.storage.sync_failed();
     }
 
     /// Notes what an operation's end means for its request.
@@ -490,7 +497,13 @@ impl World {
             Work::Read { .. } | Work::Write { .. } | Work::Zero { zeroing: Zeroing::Write, .. }
         );
         let unsupported = matches!(operation.work, Work::Zero { .. });
+        // A write that ended short is gone on with, and synced if it must be.
+        let promises = |bytes: u32| match operation.work {
+            Work::Write { durable, .. } => durable && bytes as usize == operation.len_bytes(),
+            work => matches!(work, Work::Sync),
+        };
         match result {
+            Ok(bytes) if self.lost && promises(bytes) => request.failed = true,
             Ok(0) if moves => request.failed = true,
             Ok(bytes) => {
                 if let Work::Read { offset } = operation.work {
