@@ -21,8 +21,6 @@ use crate::sudden_death::{FileSystem, Scene};
 
 /// Enough for each of the load's jobs to have 32 large requests of its own in flight.
 const DISK_BYTES: u64 = 64 << 20;
-/// Sudden deaths that a file system goes through: each is two boots, of some seconds.
-const DEATH_COUNT: u32 = 2;
 /// The load, where its initial RAM disk has it.
 const FIO: &str = "usr/bin/fio";
 /// What fio's progress line has once requests are completing.
@@ -181,7 +179,8 @@ fn killed_machine_makes_way_for_the_next_one() {
     bench.expect_clean_end(2);
 }
 
-/// The file system outlives machines that are killed at moments that `seed` chooses.
+/// The file system outlives `count` machines that are killed at moments that `seed` chooses. Each is two boots of some
+/// seconds: User-Mode Linux, where a boot takes two, has more of them.
 fn outlives_sudden_deaths(
     kind: FileSystem,
     seed: u64,
@@ -207,12 +206,12 @@ fn outlives_sudden_deaths(
 
 #[test]
 fn ext4_outlives_sudden_deaths() {
-    outlives_sudden_deaths(FileSystem::Ext4, 3, DEATH_COUNT, temp_dir(), &[]);
+    outlives_sudden_deaths(FileSystem::Ext4, 3, 2, temp_dir(), &[]);
 }
 
 #[test]
-fn xfs_outlives_sudden_deaths() {
-    outlives_sudden_deaths(FileSystem::Xfs, 4, DEATH_COUNT, temp_dir(), &[]);
+fn xfs_outlives_a_sudden_death() {
+    outlives_sudden_deaths(FileSystem::Xfs, 4, 1, temp_dir(), &[]);
 }
 
 #[test]
