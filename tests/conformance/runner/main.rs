@@ -37,8 +37,9 @@ const COMMAND_VARIABLE: &str = "OUTBOARD_CONFORMANCE_COMMAND";
 /// "passed": the back end does what the specifications demand and survives what the case does to it;
 /// "differs" lines tell what it does otherwise than vhost-blk promises to, which no specification
 /// forbids. "failed": it died, hung, mixed up data, or does not do what is demanded. "not
-/// applicable": the case is about vhost-blk's own command line, or about something that this machine
-/// lacks. The exit status is 0 if no case failed, 1 if one did, 2 if they could not be run.
+/// applicable": the case is about vhost-blk's own command line, about what vhost-blk alone promises,
+/// or about something that the back end does not offer or this machine does not have. The exit
+/// status is 0 if no case failed, 1 if one did, 2 if they could not be run.
 ///
 /// Needs cargo and the project's tree, from which the suite is built.
 #[derive(Debug, Parser)]
