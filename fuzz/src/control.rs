@@ -7,6 +7,7 @@ use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
 use std::rc::Rc;
 
 use common::daemon::control::{Answers, Command, Reply, serve};
+use common::rate_limit::{Change, Unit};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::runtime::Runtime;
@@ -16,12 +17,21 @@ const MAX_REQUEST_BYTES: usize = 64 * 1024;
 
 const METRICS: &str = "# EOF\n";
 
-/// Answers each command with its own name.
+const COMMANDS: [&str; 3] = ["stats", "limit", "resize"];
+
+/// Answers each command with itself, and limits as the daemon would read them.
 struct Echo;
 
 impl Answers for Echo {
     fn command(&self, command: Command) -> Reply {
-        Ok(json!(format!("{command:?}")))
+        let Command::Limit { iops, bps } = &command else {
+            return Ok(json!(format!("{command:?}")));
+        };
+        let parse = |text: &Option<String>, unit| {
+            text.as_ref().map(|text| Change::parse(text, unit)).transpose()
+        };
+        let limits = parse(iops, Unit::Operations).and_then(|_| parse(bps, Unit::Bytes));
+        limits.map(|limits| json!(format!("{limits:?}"))).map_err(|error| error.to_string())
     }
 
     fn openmetrics(&self) -> String {
@@ -97,7 +107,8 @@ fn check(asked: &[u8], told: &[u8]) {
             break;
         }
         let request: Option<Value> = serde_json::from_slice(line).ok();
-        let known = request.is_some_and(|request| request["command"] == "stats");
+        let known = request
+            .is_some_and(|request| COMMANDS.iter().any(|command| request["command"] == *command));
         assert!(members == ["error"] || members == ["ok"] && known, "{answer}");
     }
     assert!(told.is_empty(), "{} bytes nobody asked for", told.len());
