@@ -168,7 +168,12 @@ impl Client {
         // An unknown command's error lists the known ones: serde takes them from the enum.
         let reply = serde_json::from_slice(line)
             .map_err(|error| format!("not a command: {error}"))
-            .and_then(|command| self.answers.command(command));
+            // An array of values would do for serde: who relied on their order would be surprised
+            // by the next member.
+            .and_then(|command| match line.trim_ascii_start().first() {
+                Some(b'{') => self.answers.command(command),
+                _ => Err("not a command: it is no JSON object".to_owned()),
+            });
         match reply {
             Ok(value) => json!({ "ok": value }),
             Err(message) => json!({ "error": message }),
@@ -420,6 +425,8 @@ mod tests {
                 (r#"{"command":"resize","bytes":4096}"#, "unknown field `bytes`"),
                 (r#"{"command":"stats","bytes":4096}"#, "unknown field `bytes`"),
                 (r#"{"command":"limit","iops":5}"#, "expected a string"),
+                (r#"["stats"]"#, "no JSON object"),
+                (r#" ["limit","5","none"]"#, "no JSON object"),
             ] {
                 let error = shell.ask(command).await["error"].to_string();
                 assert!(error.contains(said), "{command}: {error}");
