@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use rustix::event::{EventfdFlags, eventfd};
 use tokio::sync::oneshot;
+use tokio::sync::oneshot::error::TryRecvError;
 
 use super::kernel::Kernel;
 use super::random::Random;
@@ -100,7 +101,8 @@ impl<D: Device> Stage<D> {
 
     /// Whether all replaced memory is out of use.
     pub fn is_settled(&mut self) -> bool {
-        self.settling.retain_mut(|wait| wait.try_recv().is_err());
+        // A ring that is gone refers to nothing.
+        self.settling.retain_mut(|wait| wait.try_recv() == Err(TryRecvError::Empty));
         self.settling.is_empty()
     }
 

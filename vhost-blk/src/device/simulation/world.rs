@@ -62,6 +62,8 @@ struct Ring {
     running: bool,
     /// The driver has broken it.
     broken: bool,
+    /// Times that it did.
+    errors: u64,
     /// The available index at which the device began.
     first: u16,
     answered: u16,
@@ -142,6 +144,7 @@ impl World {
                 driver,
                 running: true,
                 broken: false,
+                errors: 0,
                 first,
                 answered: 0,
                 requests: BTreeMap::new(),
@@ -254,6 +257,7 @@ impl World {
             }
         }
         (0..self.rings.len()).for_each(|index| self.observe(index));
+        self.check_maps();
         true
     }
 
@@ -292,10 +296,19 @@ impl World {
             let answer = request.answer(used.written_bytes, &self.guest);
             match answer {
                 Some(answer) => self.judge(&request, answer),
-                None => self.rings[index].broken = true,
+                None => self.break_ring(index),
             }
             self.now += 1;
         }
+    }
+
+    /// The device found what is no request: the ring is broken, and the front end knows before the
+    /// driver can.
+    fn break_ring(&mut self, index: usize) {
+        let ring = &mut self.rings[index];
+        ring.broken = true;
+        ring.errors += 1;
+        assert_eq!(self.stage.kernel().errors(index as u16), ring.errors, "the error is told");
     }
 
     fn judge(&mut self, request: &GuestRequest, answer: Answer) {
@@ -547,8 +560,7 @@ impl World {
     /// The front end sends its memory anew.
     fn replace_memory(&mut self) {
         let map = self.guest.map_again();
-        let running = self.rings.iter().enumerate().filter(|(_, ring)| ring.running);
-        for (index, _) in running {
+        for index in 0..self.rings.len() {
             self.stage.set_memory(index as u16, Arc::clone(&map));
         }
         self.maps.push(Arc::downgrade(&map));
@@ -597,11 +609,17 @@ impl World {
         }
         assert_eq!(self.counted(), self.answers);
         assert!(self.stage.is_settled(), "replaced memory stays in use");
-        let last = self.maps.pop();
-        let kept = self.maps.iter().filter(|map| map.strong_count() > 0).count();
-        assert_eq!(kept, 0, "replaced memory stays mapped");
-        self.maps.extend(last);
+        self.check_maps();
         self.check_power_cut();
+    }
+
+    /// Memory of which the device says that it is out of use is not mapped any more.
+    fn check_maps(&mut self) {
+        if self.stage.is_settled() {
+            let replaced = self.maps.len().saturating_sub(1);
+            let kept = self.maps.drain(..replaced).filter(|map| map.strong_count() > 0).count();
+            assert_eq!(kept, 0, "replaced memory stays mapped");
+        }
     }
 
     /// What the metrics say.
