@@ -544,7 +544,7 @@ fn hint_at_detours(path: &Path, direct: Direct, logical_block_bytes: u32) {
     if u64::from(logical_block_bytes) < block_bytes {
         warn!(
             "direct I/O on {path:?} has blocks of {block_bytes} bytes: smaller requests take a detour. \
-             A disk that is not partitioned yet avoids it by --logical-block-size {block_bytes}"
+             A disk that is not partitioned yet avoids it by --logical-block-size, if there is that size"
         );
     }
 }
