@@ -1,10 +1,12 @@
 //! The device against a guest, an engine and a disk that do whatever the specifications allow them.
 //!
-//! The parts: [`mode`] is what a run is made of, [`request`] what a guest sends and how the answer must look, [`storage`] a disk whose
-//! cache forgets, [`ledger`] what the guest may expect of it, [`world`] all of them together and what
-//! happens to them. What they do not do: threads, a kernel, a clock; the worker and the ring are the
-//! real ones (`common::simulation`).
+//! The parts: [`mode`] is what a run is made of, [`request`] what a guest sends and how the answer must
+//! look, [`storage`] a disk whose cache forgets, [`host`] what becomes of operations on it, [`ledger`]
+//! what the guest may expect of it, [`world`] all of them together and what happens to them. What
+//! they do not do: threads, a kernel, a clock; the worker and the ring are the real ones
+//! (`common::simulation`).
 
+mod host;
 mod ledger;
 mod mode;
 mod request;
@@ -14,9 +16,10 @@ mod world;
 use common::simulation::{chosen_seed, each_seed};
 use rustix::io::Errno;
 
+use self::host::{Fate, Luck};
 use self::mode::Mode;
 use self::storage::SECTOR;
-use self::world::{Fate, Luck, World};
+use self::world::World;
 use super::BlockDevice;
 use crate::config::QueueLimits;
 use crate::disk::{Disk, DiskSpec, OpenOptions};
@@ -37,7 +40,8 @@ fn device(mode: Mode, queue_count: u16) -> BlockDevice {
 
 #[test]
 fn each_request_is_answered_once_and_reads_what_may_be_there() {
-    let (mut done, mut failed, mut refused, mut bounced, mut restarts) = (0, 0, 0, 0, 0);
+    let (mut done, mut failed, mut refused) = (0, 0, 0);
+    let (mut bounced, mut throttled, mut restarts) = (0, 0, 0);
     each_seed(800, |seed| {
         let mut world = World::new(seed, Mode::any(seed), Luck::Any(6));
         for _ in 0..world.random.within(20..600) {
@@ -48,10 +52,11 @@ fn each_request_is_answered_once_and_reads_what_may_be_there() {
         failed += world.answers.failed;
         refused += world.answers.refused;
         bounced += world.bounced();
+        throttled += world.throttled();
         restarts += world.restarts;
     });
     // Where little happens, little is proved.
-    let met = [done, failed, refused, bounced, restarts];
+    let met = [done, failed, refused, bounced, throttled, restarts];
     assert!(chosen_seed().is_some() || met.iter().all(|count| *count > 500), "{met:?}");
 }
 

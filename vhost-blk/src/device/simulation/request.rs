@@ -5,6 +5,8 @@
 //! lie cut into pieces of any length with gaps between them; an answer may change what is
 //! device-writable there and nothing else.
 
+use std::fmt;
+
 use common::simulation::{Buffer, Guest, Random};
 
 use super::ledger::Mark;
@@ -68,7 +70,6 @@ struct Message {
 }
 
 /// A request in a guest's memory.
-#[derive(Debug)]
 pub(super) struct GuestRequest {
     pub(super) ask: Ask,
     /// Where its memory is.
@@ -83,6 +84,14 @@ pub(super) struct GuestRequest {
     pub(super) failed: bool,
     /// Bytes that its operations have read for it.
     pub(super) moved: usize,
+}
+
+/// Without the bytes, which are many.
+impl fmt::Debug for GuestRequest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { ask, readable, writable, began, failed, moved, .. } = self;
+        write!(f, "{ask:?} of {began}: {readable:x?} {writable:x?}, failed {failed}, {moved} moved")
+    }
 }
 
 /// An answer, taken apart.

@@ -9,14 +9,14 @@ use std::collections::BTreeMap;
 use std::fmt::Debug;
 use std::sync::{Arc, Weak};
 
-use common::engine::Zeroing;
 use common::memory::MemoryMap;
-use common::simulation::{Driver, Guest, Layout, Operation, Random, Stage, Work, chosen_seed};
+use common::rate_limit::{Change, Unit};
+use common::simulation::{Driver, Guest, Layout, Random, Stage, chosen_seed};
 use common::virtqueue::{VIRTIO_F_EVENT_IDX, VIRTIO_F_INDIRECT_DESC};
-use rustix::io::Errno;
 
+use super::host::{Luck, Progress};
 use super::ledger::{Ledger, Mark};
-use super::mode::{Mode, PAGE};
+use super::mode::Mode;
 use super::request::{Answer, Ask, GuestRequest};
 use super::storage::{Content, SECTOR, Storage};
 use super::{RING_SIZE_MAX, device};
@@ -31,33 +31,7 @@ const TABLES: u64 = 0x4000;
 const TABLE_BYTES: u64 = 0x200;
 const PLACES: u64 = 0x10000;
 
-/// What becomes of operations.
-#[derive(Clone, Copy, Debug)]
-pub(super) enum Luck {
-    /// Anything: they end short, are interrupted, fail, each once in this many times.
-    Any(u64),
-    /// They succeed, but for this one, which ends so.
-    But(u64, Fate),
-}
-
-/// How an operation ends.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Fate {
-    Whole,
-    Short,
-    Nothing,
-    Interrupted,
-    Failed(Errno),
-}
-
-/// How far an operation is.
-struct Progress {
-    submitted: u64,
-    /// It has reached the disk: how it will end, and what it has read.
-    done: Option<(Result<u32, Errno>, Vec<u8>)>,
-}
-
-struct Ring {
+pub(super) struct Ring {
     driver: Driver,
     running: bool,
     /// The driver has broken it.
@@ -68,7 +42,7 @@ struct Ring {
     first: u16,
     answered: u16,
     /// By head.
-    requests: BTreeMap<u16, GuestRequest>,
+    pub(super) requests: BTreeMap<u16, GuestRequest>,
     /// Places in memory that no request has.
     places: Vec<u64>,
     /// The calls that the driver has heard.
@@ -81,19 +55,19 @@ struct Ring {
 pub(super) struct World {
     pub(super) random: Random,
     device: Arc<BlockDevice>,
-    stage: Stage<BlockDevice>,
+    pub(super) stage: Stage<BlockDevice>,
     guest: Arc<Guest>,
-    rings: Vec<Ring>,
-    storage: Storage,
+    pub(super) rings: Vec<Ring>,
+    pub(super) storage: Storage,
     ledger: Ledger,
-    operations: BTreeMap<u64, Progress>,
-    mode: Mode,
-    luck: Luck,
+    pub(super) operations: BTreeMap<u64, Progress>,
+    pub(super) mode: Mode,
+    pub(super) luck: Luck,
     /// The driver has left its cache write-back.
     write_back: bool,
     /// When it last switched.
     switched: u64,
-    now: u64,
+    pub(super) now: u64,
     /// The number of the next pattern.
     patterns: u32,
     pub(super) answers: Answers,
@@ -157,7 +131,7 @@ impl World {
         }
         let (storage, ledger) =
             (Storage::new(contents.iter().copied()), Ledger::new(contents.into_iter()));
-        Self {
+        let mut world = Self {
             random,
             device,
             stage,
@@ -177,10 +151,14 @@ impl World {
             maps: Vec::new(),
             restarts: 0,
             is_told: chosen_seed().is_some(),
+        };
+        if world.random.once_in(3) {
+            world.limit();
         }
+        world
     }
 
-    fn tell(&self, what: &str, of: &dyn Debug) {
+    pub(super) fn tell(&self, what: &str, of: &dyn Debug) {
         if self.is_told {
             eprintln!("{:6} {what} {of:?}", self.now);
         }
@@ -197,6 +175,7 @@ impl World {
             13..17 => drop(self.end_one()),
             17 | 18 => drop(self.look(index)),
             _ if self.random.once_in(4) => self.switch_cache(),
+            _ if self.random.once_in(4) => self.limit(),
             _ if self.random.once_in(4) => self.stop(index),
             _ if self.random.once_in(4) => self.replace_memory(),
             _ => drop(self.restart(index)),
@@ -261,30 +240,6 @@ impl World {
         true
     }
 
-    /// Direct I/O and the host's page cache never hold one page at a time, but for requests that
-    /// write the same sectors at a time.
-    fn check_pages(&self, one: &Operation, other: &Operation) {
-        let is_write = |operation: &Operation| match operation.work {
-            Work::Write { offset, .. } => Some((offset, operation.len_bytes() as u64)),
-            Work::Zero { offset, len_bytes, zeroing: Zeroing::Write } => Some((offset, len_bytes)),
-            _ => None,
-        };
-        let (Some(here), Some(there)) = (is_write(one), is_write(other)) else { return };
-        let pages = |(at, len_bytes): (u64, u64)| at / PAGE..(at + len_bytes).div_ceil(PAGE);
-        let (here, there) = (pages(here), pages(there));
-        let one_page = here.start < there.end && there.start < here.end;
-        if one.file == other.file || !one_page {
-            return;
-        }
-        let sectors = |operation: &Operation| {
-            writes(&self.rings[usize::from(operation.queue)].requests[&operation.slot].ask)
-        };
-        let meet = sectors(one).iter().any(|(here, _)| {
-            sectors(other).iter().any(|(there, _)| here.start < there.end && there.start < here.end)
-        });
-        assert!(meet, "a page is written past the cache by {one:?}, and through it by {other:?}");
-    }
-
     /// What the guest can see of a ring is checked, whether it looks or not.
     fn observe(&mut self, index: usize) {
         for used in self.rings[index].driver.take_used() {
@@ -341,6 +296,18 @@ impl World {
         }
     }
 
+    /// The operator changes limits: to what lets a request through every few turns, or to none.
+    fn limit(&mut self) {
+        let unit = self.random.pick(&[Unit::Operations, Unit::Bytes]);
+        let limits = match unit {
+            Unit::Operations => ["none", "4k", "read=1k/9", "write=3k,total=5k", "write=none"],
+            Unit::Bytes => ["none", "20M", "read=9M/1M", "write=8M,total=30M", "write=none"],
+        };
+        let change = Change::parse(self.random.pick(&limits), unit).expect("limits");
+        self.tell("limits", &change);
+        self.stage.limit(unit, &change);
+    }
+
     /// The driver switches its cache; what was answered before is made stable in the background.
     fn switch_cache(&mut self) {
         self.write_back = !self.write_back;
@@ -356,6 +323,12 @@ impl World {
             let submitted = self.now;
             for _ in 0..self.random.within(0..40) {
                 self.step();
+            }
+            if matches!(self.luck, Luck::Any(_)) && self.random.once_in(16) {
+                // The worker has heard of all that ended before: what comes later finds it lost.
+                while self.turn() {}
+                self.lose();
+                return Err(std::io::Error::other("the host's sync failed"));
             }
             self.storage.synced(submitted);
             Ok(())
@@ -373,160 +346,6 @@ impl World {
                     &content[..16]
                 );
             }
-        }
-    }
-
-    /// A held operation does its work; false if there is none that has not.
-    fn reach_disk(&mut self) -> bool {
-        let waiting: Vec<Operation> = self.stage.kernel().held();
-        let waiting: Vec<&Operation> = waiting
-            .iter()
-            .filter(|operation| {
-                self.operations.get(&operation.number).is_some_and(|known| known.done.is_none())
-            })
-            .collect();
-        if waiting.is_empty() {
-            return false;
-        }
-        let operation = waiting[self.random.index(waiting.len())];
-        let fate = self.fate(operation);
-        let done = self.execute(operation, fate);
-        self.tell("reached", &(operation.number, operation.queue, operation.work, &done.0));
-        let known = self.operations.get_mut(&operation.number).expect("known");
-        known.done = Some(done);
-        true
-    }
-
-    fn fate(&mut self, operation: &Operation) -> Fate {
-        match self.luck {
-            Luck::But(number, fate) if number == operation.number => fate,
-            Luck::But(..) => Fate::Whole,
-            Luck::Any(rarely) if self.random.once_in(rarely) => self.random.pick(&[
-                Fate::Short,
-                Fate::Short,
-                Fate::Short,
-                Fate::Nothing,
-                Fate::Interrupted,
-                Fate::Failed(Errno::IO),
-                Fate::Failed(Errno::NOSPC),
-            ]),
-            Luck::Any(_) => Fate::Whole,
-        }
-    }
-
-    /// What an operation does to the disk: its result, and what it has read.
-    fn execute(&mut self, operation: &Operation, fate: Fate) -> (Result<u32, Errno>, Vec<u8>) {
-        let (number, granule) = (operation.number, self.mode.granule(operation.file));
-        match (operation.work, fate) {
-            (_, Fate::Interrupted) => (Err(Errno::INTR), Vec::new()),
-            (Work::Read { offset }, fate) => {
-                let len_bytes = self.part(operation.len_bytes(), granule, fate);
-                let bytes = self.storage.read(offset, len_bytes);
-                (fate.result(bytes.len()), bytes)
-            }
-            (Work::Write { offset, .. }, fate) => {
-                let bytes = operation.bytes();
-                let len_bytes = self.part(bytes.len(), granule, fate);
-                self.storage.write(number, offset, &bytes[..len_bytes]);
-                (fate.result(len_bytes), Vec::new())
-            }
-            (Work::Zero { offset, len_bytes, zeroing: Zeroing::Write }, fate) => {
-                let len_bytes = self.part(len_bytes as usize, granule, fate);
-                self.storage.write(number, offset, &vec![0; len_bytes]);
-                (fate.result(len_bytes), Vec::new())
-            }
-            (Work::Sync | Work::Zero { .. }, Fate::Failed(errno)) => (Err(errno), Vec::new()),
-            (Work::Zero { zeroing, .. }, _) if !self.mode.can(zeroing) => {
-                (Err(Errno::OPNOTSUPP), Vec::new())
-            }
-            (Work::Zero { offset, len_bytes, .. }, _) => {
-                self.storage.write(number, offset, &vec![0; len_bytes as usize]);
-                (Ok(0), Vec::new())
-            }
-            (Work::Sync, _) => (Ok(0), Vec::new()),
-        }
-    }
-
-    /// How much of a transfer is made, in multiples of `granule`.
-    fn part(&mut self, len_bytes: usize, granule: usize, fate: Fate) -> usize {
-        let granules = len_bytes / granule;
-        match fate {
-            Fate::Whole => len_bytes,
-            Fate::Nothing | Fate::Interrupted => 0,
-            Fate::Short if granules < 2 => len_bytes,
-            // Of what failed a part may have been done too.
-            Fate::Short | Fate::Failed(_) => self.random.index(granules.max(1)).max(1) * granule,
-        }
-        .min(len_bytes)
-    }
-
-    /// An operation that has done its work ends; false if there is none.
-    fn end_one(&mut self) -> bool {
-        let held = self.stage.kernel().held();
-        let ready: Vec<&Operation> = held
-            .iter()
-            .filter(|operation| {
-                self.operations.get(&operation.number).is_some_and(|known| known.done.is_some())
-            })
-            .collect();
-        if ready.is_empty() {
-            return false;
-        }
-        let operation = ready[self.random.index(ready.len())];
-        let known = self.operations.remove(&operation.number).expect("known");
-        let Some((result, read)) = known.done else { unreachable!("it is ready") };
-        self.now += 1;
-        operation.fill(&read);
-        match operation.work {
-            Work::Sync if result.is_ok() => self.storage.synced(known.submitted),
-            Work::Write { durable, .. } if result.is_ok() => {
-                self.storage.ended(operation.number, self.now, durable);
-            }
-            Work::Zero { .. } if result.is_ok() => {
-                self.storage.ended(operation.number, self.now, false);
-            }
-            Work::Sync if result != Err(Errno::INTR) => self.lose(),
-            Work::Write { durable: true, .. } if result == Err(Errno::IO) => self.lose(),
-            _ => {}
-        }
-        self.blame(operation, result);
-        self.tell("ended", &(operation.number, result));
-        self.stage.kernel().end(operation.number, result);
-        true
-    }
-
-    fn lose(&mut self) {
-        self.lost = true;
-        self.storage.sync_failed();
-    }
-
-    /// Notes what an operation's end means for its request.
-    fn blame(&mut self, operation: &Operation, result: Result<u32, Errno>) {
-        let ring = &mut self.rings[usize::from(operation.queue)];
-        let request = ring.requests.get_mut(&operation.slot);
-        let request = request.expect("an operation serves a request that the device has");
-        let moves = matches!(
-            operation.work,
-            Work::Read { .. } | Work::Write { .. } | Work::Zero { zeroing: Zeroing::Write, .. }
-        );
-        let unsupported = matches!(operation.work, Work::Zero { .. });
-        // A write that ended short is gone on with, and synced if it must be.
-        let promises = |bytes: u32| match operation.work {
-            Work::Write { durable, .. } => durable && bytes as usize == operation.len_bytes(),
-            work => matches!(work, Work::Sync),
-        };
-        match result {
-            Ok(bytes) if self.lost && promises(bytes) => request.failed = true,
-            Ok(0) if moves => request.failed = true,
-            Ok(bytes) => {
-                if let Work::Read { offset } = operation.work {
-                    let got = request.has_read(offset, bytes);
-                    assert!(got > 0, "{operation:?} brings nothing to {:?}", request.ask);
-                }
-            }
-            Err(Errno::INTR) => {}
-            Err(Errno::OPNOTSUPP) if unsupported => {}
-            Err(_) => request.failed = true,
         }
     }
 
@@ -599,8 +418,10 @@ impl World {
                     goes_on = true;
                 }
             }
-            if !goes_on {
-                break;
+            match self.stage.wakes_at_ns() {
+                Some(wakes_at_ns) if !goes_on => self.stage.advance_to(wakes_at_ns),
+                None if !goes_on => break,
+                _ => {}
             }
         }
         for (index, ring) in self.rings.iter().enumerate() {
@@ -636,6 +457,11 @@ impl World {
         self.stage.metrics().queues.iter().map(|queue| queue.bounced.get()).sum()
     }
 
+    /// Requests that had to wait for a limit.
+    pub(super) fn throttled(&self) -> u64 {
+        self.stage.metrics().queues.iter().map(|queue| queue.throttled.get()).sum()
+    }
+
     /// The operations that have been submitted.
     pub(super) fn submitted(&self) -> u64 {
         self.stage.kernel().submitted()
@@ -657,15 +483,6 @@ impl World {
     }
 }
 
-impl Fate {
-    fn result(self, len_bytes: usize) -> Result<u32, Errno> {
-        match self {
-            Self::Failed(errno) => Err(errno),
-            _ => Ok(len_bytes as u32),
-        }
-    }
-}
-
 /// Memory that a ring has for itself, with its requests.
 fn ring_bytes(mode: Mode) -> u64 {
     (PLACES + REQUESTS_MAX * mode.scale.place_bytes).next_multiple_of(0x10_0000)
@@ -677,7 +494,7 @@ fn request_id(request: &GuestRequest) -> u64 {
 }
 
 /// What a request writes, if it is done.
-fn writes(ask: &Ask) -> Vec<(std::ops::Range<usize>, Mark)> {
+pub(super) fn writes(ask: &Ask) -> Vec<(std::ops::Range<usize>, Mark)> {
     match ask {
         Ask::Write(span, mark) => vec![(span.sectors(), *mark)],
         Ask::Discard(spans) => spans.iter().map(|span| (span.sectors(), Mark::Zeros)).collect(),
