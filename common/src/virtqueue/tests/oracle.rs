@@ -568,7 +568,7 @@ impl<'a> Pair<'a> {
             let bytes: u64 = theirs.iter().map(|one| u64::from(one.len())).sum();
             let too_many = bytes + u64::from(next.len()) > u64::from(u32::MAX);
             fault(too_many, Strict::TooManyBytes);
-            let last_writes = last.is_some_and(|last| last.is_write_only());
+            let last_writes = theirs.last().is_some_and(Descriptor::is_write_only);
             let out_of_order = too_many && last_writes && !next.is_write_only();
             fault(out_of_order, Strict::ReadableAfterWritable);
         }
