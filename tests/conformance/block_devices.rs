@@ -1,5 +1,6 @@
 //! Disks on block devices, which here are loop devices: root's tests.
 
+use crate::control::ask;
 use crate::scattered::{Layout, churn, read, write};
 use crate::subject::{DISK_BYTES, DISK_SECTORS, Subject, is_another_program};
 use frontend::block::{
@@ -61,6 +62,24 @@ fn device_is_told_with_its_own_blocks_or_those_that_the_operator_wants() {
             }
             assert!(config.discard_sector_alignment().is_multiple_of(block_sectors));
         }
+    }
+}
+
+#[test]
+fn device_that_has_grown_is_told_and_served_to_its_end() {
+    for mode in ["writeback", "none"] {
+        let Some(disk) = OnDevice::start("4096", &["--cache", mode]) else { return };
+        let mut driver = disk.driver();
+        let grown_bytes = 2 * DISK_BYTES as u64;
+        disk.device.grow(grown_bytes);
+        let found = ask(&disk.subject, r#"{"command":"resize"}"#);
+        assert_eq!(found["ok"]["capacity_bytes"], grown_bytes, "{found}");
+        let config = driver.config().expect("the configuration space can be read");
+        assert_eq!(config.capacity(), 2 * DISK_SECTORS);
+        let data = [0x5a; 4096];
+        must(&mut driver, &Request::write(2 * DISK_SECTORS - 8, &data));
+        let read = driver.perform(0, &Request::read(2 * DISK_SECTORS - 8, data.len()));
+        assert!(read.expect("a read ends").data == data);
     }
 }
 

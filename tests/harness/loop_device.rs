@@ -68,6 +68,17 @@ impl LoopDevice {
         &self.path
     }
 
+    /// Makes the file behind it longer, and has the kernel notice.
+    ///
+    /// # Panics
+    /// If either cannot be done.
+    pub fn grow(&self, len_bytes: u64) {
+        let backing = File::options().write(true).open(self.directory.path().join("backing"));
+        backing.and_then(|file| file.set_len(len_bytes)).expect("a file can be sparse");
+        let noticed = Command::new("losetup").arg("--set-capacity").arg(&self.path).status();
+        assert!(noticed.is_ok_and(|status| status.success()), "{:?} does not grow", self.path);
+    }
+
     /// How much of the host's storage the file behind it takes.
     ///
     /// # Panics
