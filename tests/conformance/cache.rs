@@ -10,6 +10,7 @@ use frontend::block::{
 use frontend::front_end::FrontEnd;
 use frontend::guest::Options;
 use frontend::message::{VHOST_USER_SET_CONFIG, config_access};
+use tests::temp_dir_with_direct_io;
 
 /// Offset of the byte `writeback` in the configuration space.
 pub(crate) const WRITEBACK: u32 = 32;
@@ -43,10 +44,8 @@ fn every_mode_begins_as_it_should() {
     for (mode, expected) in
         [("none", 1), ("writeback", 1), ("writethrough", 0), ("directsync", 0), ("unsafe", 1)]
     {
-        let subject = Subject::in_directory(
-            tempfile::Builder::new().tempdir_in("/var/tmp").expect("it is writable"),
-            &["--cache", mode],
-        );
+        let Some(directory) = temp_dir_with_direct_io() else { return };
+        let subject = Subject::in_directory(directory, &["--cache", mode]);
         // A front end that asks before it has negotiated anything: QEMU never asks again.
         let front_end = negotiating(&subject);
         let told = front_end.get_config(WRITEBACK, 1).expect("it can be read");
@@ -172,7 +171,7 @@ fn cache_can_be_switched_while_requests_are_under_way() {
         return;
     }
     for mode in ["writeback", "none", "unsafe"] {
-        let directory = tempfile::Builder::new().tempdir_in("/var/tmp").expect("it is writable");
+        let Some(directory) = temp_dir_with_direct_io() else { return };
         let subject = Subject::in_directory(directory, &["--cache", mode, "--threads", "2"]);
         let options = Options { queue_count: QUEUE_COUNT, ..Options::default() };
         let mut driver = subject.driver(&options);

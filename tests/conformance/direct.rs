@@ -9,32 +9,22 @@ use frontend::block::{BlockDriver, Request, SECTOR_BYTES, VIRTIO_BLK_S_OK};
 use frontend::guest::Options;
 use frontend::memory::Shape;
 use frontend::wire::PATIENCE;
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::OFlags;
 use std::path::Path;
 use std::process::Command;
-use tests::{TempDir, temp_dir};
+use tests::{TempDir, temp_dir, temp_dir_with_direct_io};
 
-/// A directory that outlives a reboot, and so is on storage, where `/tmp` may be in memory.
-const ON_STORAGE: &str = "/var/tmp";
 /// Bounce buffers of a queue: more requests than these wait in the ring.
 const BOUNCE_BUFFERS: usize = 16;
 /// A bounce buffer's length.
 const BOUNCE_BYTES: usize = 128 << 10;
 
-/// A directory on a file system that has direct I/O. That is a matter of the machine, not of what a
-/// test lacks: elsewhere the test says so and passes.
+/// Where a disk of ours can have direct I/O.
 fn directory() -> Option<TempDir> {
     if is_another_program() {
         return None;
     }
-    let directory = tempfile::Builder::new().prefix("outboard-").tempdir_in(ON_STORAGE).ok()?;
-    let probe = directory.path().join("probe");
-    let flags = OFlags::CREATE | OFlags::RDWR | OFlags::DIRECT | OFlags::CLOEXEC;
-    if let Err(error) = rustix::fs::open(&probe, flags, Mode::RUSR | Mode::WUSR) {
-        eprintln!("not run: {ON_STORAGE} has no direct I/O: {error}");
-        return None;
-    }
-    Some(directory)
+    temp_dir_with_direct_io()
 }
 
 fn subject(options: &[&str]) -> Option<Subject> {

@@ -12,7 +12,7 @@ use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
-use tests::{cannot_run, temp_dir};
+use tests::{cannot_run, temp_dir, temp_dir_with_direct_io};
 
 fn text(path: &Path) -> &str {
     path.to_str().expect("temporary paths are text")
@@ -98,8 +98,7 @@ fn image_is_served_sparse_or_preallocated_as_it_is() {
     }
     for preallocated in [false, true] {
         for mode in ["writeback", "none"] {
-            let directory =
-                tempfile::Builder::new().tempdir_in("/var/tmp").expect("it is writable");
+            let Some(directory) = temp_dir_with_direct_io() else { return };
             let image = make_disk(directory.path());
             if preallocated {
                 let file = File::options().write(true).open(&image).expect("the image is ours");

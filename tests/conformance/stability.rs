@@ -15,9 +15,8 @@ use frontend::wire::PATIENCE;
 use std::path::Path;
 use std::process::Command;
 use std::time::Instant;
+use tests::temp_dir_on_storage;
 
-/// A directory that outlives a reboot, and so is on storage, where `/tmp` may be in memory.
-const ON_STORAGE: &str = "/var/tmp";
 /// Sectors between two writes: far more than a file system looks ahead.
 const STEP_SECTORS: u64 = 2048;
 
@@ -43,8 +42,7 @@ fn subject_on_storage(options: &[&str]) -> Option<Subject> {
     if is_another_program() {
         return None;
     }
-    let directory = tempfile::Builder::new().prefix("outboard-").tempdir_in(ON_STORAGE).ok()?;
-    let subject = Subject::in_directory(directory, options);
+    let subject = Subject::in_directory(temp_dir_on_storage(), options);
     // A cache that is write-through may be write-back for a moment.
     let mut driver = subject.driver(&Options::default());
     let initial = driver.config().expect("the configuration space can be read").writeback();
@@ -58,9 +56,7 @@ fn subject_on_storage(options: &[&str]) -> Option<Subject> {
     switch(&driver, initial);
     drop(driver);
     if !seen {
-        eprintln!(
-            "not run: the file system of {ON_STORAGE} does not tell what waits to be written"
-        );
+        eprintln!("not run: the file system of /var/tmp does not tell what waits to be written");
     }
     seen.then_some(subject)
 }

@@ -24,7 +24,7 @@ pub use disk_image::DiskImage;
 pub use initrd::Initrd;
 pub use loop_device::LoopDevice;
 pub use machine::Machine;
-pub use requirement::{cannot_run, lacks_root, temp_dir_with_direct_io};
+pub use requirement::{cannot_run, lacks_root, temp_dir_on_storage, temp_dir_with_direct_io};
 pub use rig::Rig;
 pub use tempfile::TempDir;
 pub use user_mode_linux::UserModeLinux;

@@ -7,11 +7,7 @@ use std::process::Command;
 
 use tempfile::TempDir;
 
-use crate::requirement::{cannot_run, lacks_root};
-
-/// A directory that outlives a reboot, and so is on storage, where that for temporary files may be in memory, which
-/// some file systems do no direct I/O to.
-const ON_STORAGE: &str = "/var/tmp";
+use crate::requirement::{cannot_run, lacks_root, temp_dir_on_storage};
 
 /// An attached loop device. It goes with its last descriptor, so that nothing is left behind however a test ends.
 #[derive(Debug)]
@@ -31,10 +27,8 @@ impl LoopDevice {
         if lacks_root("attaching a loop device") {
             return None;
         }
-        let directory = tempfile::Builder::new()
-            .prefix("outboard-")
-            .tempdir_in(ON_STORAGE)
-            .expect("the directory for larger temporary files is writable");
+        // Some file systems in memory have no direct I/O, which an option may ask for.
+        let directory = temp_dir_on_storage();
         let backing = directory.path().join("backing");
         let file = File::create_new(&backing).expect("a file fits in a fresh directory");
         file.set_len(len_bytes).expect("a file can be sparse");

@@ -20,10 +20,15 @@ pub fn lacks_root(purpose: &str) -> bool {
     lacks
 }
 
+/// A private directory that is on storage, where `/tmp` may be in memory.
+pub fn temp_dir_on_storage() -> TempDir {
+    temp_dir_in(Path::new(ON_STORAGE))
+}
+
 /// A private directory on a file system that has direct I/O. `None`, for the test to return then, where the machine has none
 /// such: that is no part that one could add.
 pub fn temp_dir_with_direct_io() -> Option<TempDir> {
-    let directory = temp_dir_in(Path::new(ON_STORAGE));
+    let directory = temp_dir_on_storage();
     let flags = OFlags::CREATE | OFlags::RDWR | OFlags::DIRECT | OFlags::CLOEXEC;
     match rustix::fs::open(directory.path().join("probe"), flags, Mode::RUSR | Mode::WUSR) {
         Ok(_) => Some(directory),

@@ -34,6 +34,9 @@ pub use map::{AccessError, FrontendAddress, GuestAddress, MemoryMap, RegionSpec}
 pub use region::{MapError, Region};
 
 /// A memory file as a front end would share it, for tests: a memfd of `len_bytes`, without seals.
+///
+/// # Panics
+/// The test's process can have no more descriptors.
 #[cfg(any(test, feature = "simulation"))]
 pub(crate) fn guest_file(len_bytes: u64) -> std::os::fd::OwnedFd {
     let file = rustix::fs::memfd_create(

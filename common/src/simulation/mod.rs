@@ -7,7 +7,8 @@
 //! with any result; [`Driver`] writes descriptors into real [`Guest`] memory and reads the used ring.
 //! What it does not do: storage, network or terminals. What an operation moves is the test's.
 //!
-//! Built for tests only (feature `simulation`): no daemon has it.
+//! For tests only (feature `simulation`): no daemon needs it. Nothing here is foreign input, so what a test has got wrong is
+//! a panic, which fails the test; each function says when.
 
 mod driver;
 mod guest;

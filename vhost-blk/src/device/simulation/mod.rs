@@ -13,7 +13,7 @@ mod request;
 mod storage;
 mod world;
 
-use common::simulation::{chosen_seed, each_seed};
+use common::simulation::{cases, chosen_seed, each_seed};
 use rustix::io::Errno;
 
 use self::host::{Fate, Luck};
@@ -26,6 +26,8 @@ use crate::disk::{Disk, DiskSpec, OpenOptions};
 
 /// The largest of the rings.
 const RING_SIZE_MAX: u16 = 128;
+/// Programs that a usual run plays.
+const PROGRAMS: u64 = 800;
 
 /// A device over a file that nobody reads or writes: the simulated disk takes its place.
 fn device(mode: Mode, queue_count: u16) -> BlockDevice {
@@ -42,7 +44,7 @@ fn device(mode: Mode, queue_count: u16) -> BlockDevice {
 fn each_request_is_answered_once_and_reads_what_may_be_there() {
     let (mut done, mut failed, mut refused) = (0, 0, 0);
     let (mut bounced, mut throttled, mut restarts) = (0, 0, 0);
-    each_seed(800, |seed| {
+    each_seed(PROGRAMS, |seed| {
         let mut world = World::new(seed, Mode::any(seed), Luck::Any(6));
         for _ in 0..world.random.within(20..600) {
             world.step();
@@ -55,9 +57,10 @@ fn each_request_is_answered_once_and_reads_what_may_be_there() {
         throttled += world.throttled();
         restarts += world.restarts;
     });
-    // Where little happens, little is proved.
+    // Where little happens, little is proved; but who wants few programs gets few.
+    let is_few = chosen_seed().is_some() || cases(PROGRAMS) < PROGRAMS;
     let met = [done, failed, refused, bounced, throttled, restarts];
-    assert!(chosen_seed().is_some() || met.iter().all(|count| *count > 500), "{met:?}");
+    assert!(is_few || met.iter().all(|count| *count > 500), "{met:?}");
 }
 
 #[test]
