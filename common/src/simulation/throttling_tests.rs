@@ -2,8 +2,8 @@
 //! leaves all else alone.
 
 use std::os::fd::BorrowedFd;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
 use super::{Driver, Guest, Layout, Random, Stage};
 use crate::device::{Account, Device, DeviceQueue, QueueIo};
@@ -17,14 +17,28 @@ const SECOND_NS: u64 = 1_000_000_000;
 /// Turns after which a worker that has nothing to do must have gone to sleep.
 const TURNS_TO_SLEEP: u32 = 20;
 
+/// What a queue does with a request.
+#[derive(Clone, Copy, Default)]
+enum Mood {
+    /// Answers it, if it is admitted.
+    #[default]
+    Limited,
+    /// Puts it back before it asks, as one that lacks something else.
+    Starved,
+    /// Answers it without asking, as one that is free.
+    Free,
+}
+
 /// Answers at once. Queue 0 counts as reads, queue 1 as writes.
 #[derive(Default)]
 struct Limited {
+    mood: Arc<Mutex<Mood>>,
     /// How often it was asked to look for chains.
     looks: Arc<AtomicU64>,
 }
 
 struct LimitedQueue {
+    mood: Arc<Mutex<Mood>>,
     direction: Direction,
     looks: Arc<AtomicU64>,
 }
@@ -51,15 +65,19 @@ impl Device for Limited {
     }
     fn open_queue(&self, index: u16, _features: u64, _size: u16) -> LimitedQueue {
         let direction = if index == 0 { Direction::ToDriver } else { Direction::FromDriver };
-        LimitedQueue { direction, looks: Arc::clone(&self.looks) }
+        LimitedQueue { mood: Arc::clone(&self.mood), direction, looks: Arc::clone(&self.looks) }
     }
 }
 
 impl DeviceQueue for LimitedQueue {
     fn process(&mut self, io: &mut QueueIo<'_>) {
         self.looks.fetch_add(1, Ordering::Relaxed);
+        let mood = *self.mood.lock().expect("nobody panics with it");
         while let Some(chain) = io.pop() {
-            if io.admit(self.direction, 512) {
+            if matches!(mood, Mood::Starved) {
+                return io.retract(chain);
+            }
+            if matches!(mood, Mood::Free) || io.admit(self.direction, 512) {
                 io.finish(chain, 0, Account { kind: 0, bytes: 512, failed: false });
             } else {
                 // The runtime ends the loop: there is no next chain then.
@@ -76,6 +94,7 @@ impl DeviceQueue for LimitedQueue {
 /// Two rings on one worker, and their drivers.
 struct Rings {
     stage: Stage<Limited>,
+    mood: Arc<Mutex<Mood>>,
     looks: Arc<AtomicU64>,
     drivers: Vec<Driver>,
     random: Random,
@@ -86,7 +105,7 @@ impl Rings {
     fn start(features: u64) -> Self {
         let guest = Arc::new(Guest::new(&[(0, 0x10000)]));
         let device = Limited::default();
-        let looks = Arc::clone(&device.looks);
+        let (mood, looks) = (Arc::clone(&device.mood), Arc::clone(&device.looks));
         let mut stage = Stage::new(Arc::new(device), 1);
         let drivers = (0..QUEUES).map(|index| {
             let at = 0x4000 * u64::from(index);
@@ -97,7 +116,8 @@ impl Rings {
             driver
         });
         let drivers = drivers.collect();
-        let mut rings = Self { stage, looks, drivers, random: Random::new(1), served: [0; 2] };
+        let mut rings =
+            Self { stage, mood, looks, drivers, random: Random::new(1), served: [0; 2] };
         rings.rest();
         rings
     }
@@ -105,6 +125,17 @@ impl Rings {
     fn limit(&mut self, spec: &str) {
         let change = Change::parse(spec, Unit::Operations).expect(spec);
         self.stage.limit(Unit::Operations, &change);
+        self.rest();
+    }
+
+    fn feel(&self, mood: Mood) {
+        *self.mood.lock().expect("nobody panics with it") = mood;
+    }
+
+    /// Lets the worker sleep until it wakes by itself.
+    fn sleep(&mut self) {
+        let wakes_at_ns = self.stage.wakes_at_ns().expect("it waits");
+        self.stage.advance_to(wakes_at_ns);
         self.rest();
     }
 
@@ -297,4 +328,36 @@ fn memory_is_replaced_at_once_under_a_throttled_ring() {
     assert!(rings.stage.is_settled());
     assert_eq!((rings.stage.wakes_at_ns(), rings.served[0]), (wakes_at_ns, 1));
     assert_eq!(rings.throttled(0), 1, "it asked again, and is still the same request");
+}
+
+#[test]
+fn request_that_lacks_something_else_when_its_time_comes_keeps_its_place() {
+    let mut rings = Rings::start(0);
+    rings.limit("total=2");
+    rings.fill(0);
+    rings.kick(0);
+    rings.feel(Mood::Starved);
+    rings.sleep();
+    assert_eq!(rings.served, [1, 0]);
+    rings.feel(Mood::Limited);
+    rings.fill(1);
+    rings.kick(1);
+    assert_eq!(rings.served, [1, 0], "another ring was let past it");
+    rings.kick(0);
+    assert_eq!(rings.served, [2, 0]);
+}
+
+#[test]
+fn place_of_a_request_that_is_gone_is_free() {
+    let mut rings = Rings::start(0);
+    rings.limit("total=2");
+    rings.fill(0);
+    rings.kick(0);
+    rings.feel(Mood::Free);
+    rings.sleep();
+    assert_eq!(rings.served, [u64::from(SIZE), 0]);
+    rings.feel(Mood::Limited);
+    rings.fill(1);
+    rings.kick(1);
+    assert_eq!(rings.served[1], 1, "it waits behind nobody");
 }

@@ -35,8 +35,8 @@ pub(super) struct ActiveRing<Q> {
     watched: bool,
     /// There may be chains to pop.
     runnable: bool,
-    /// When there is to be looked for chains without anybody asking: nobody would.
-    due_ns: Option<u64>,
+    /// When a ring without a kick is to be looked at again.
+    look_ns: Option<u64>,
     /// Somebody waits for the ring to have stopped, and for its base.
     stopped: Option<oneshot::Sender<u16>>,
     /// Somebody waits until no chain refers to a replaced memory map.
@@ -79,7 +79,7 @@ impl<Q: DeviceQueue> ActiveRing<Q> {
             index,
             watched: false,
             runnable: true,
-            due_ns: None,
+            look_ns: None,
             stopped: None,
             settled: Vec::new(),
             poison_told: false,
@@ -150,19 +150,19 @@ impl<Q: DeviceQueue> ActiveRing<Q> {
     }
 
     /// Looks at that time, if nothing happens before.
-    pub(super) fn look_at(&mut self, due_ns: u64) {
-        self.due_ns = Some(due_ns);
+    pub(super) fn look_at(&mut self, look_ns: u64) {
+        self.look_ns = Some(look_ns);
     }
 
     /// When the ring is to be looked at though nothing has happened.
     pub(super) fn due_ns(&self) -> Option<u64> {
-        self.due_ns
+        self.turn.throttled_until_ns.or(self.look_ns)
     }
 
     /// Notices that it is time.
     pub(super) fn tick(&mut self, now_ns: u64) {
-        if self.due_ns.is_some_and(|due_ns| due_ns <= now_ns) {
-            self.due_ns = None;
+        if self.due_ns().is_some_and(|due_ns| due_ns <= now_ns) {
+            self.look_ns = None;
             self.runnable = true;
         }
     }
@@ -189,16 +189,17 @@ impl<Q: DeviceQueue> ActiveRing<Q> {
         self.turn.now_ns = now_ns;
         self.turn.budget = MAX_CHAINS_PER_TURN;
         (self.turn.more, self.turn.dry, self.turn.armed) = (false, false, false);
-        self.turn.throttled_until_ns = None;
+        (self.turn.throttled_until_ns, self.look_ns) = (None, None);
         self.ring.suppress_kicks();
         self.with_queue(engine, |queue, io| queue.process(io));
         self.runnable = self.turn.more;
-        self.due_ns = self.turn.throttled_until_ns;
-        if self.due_ns.is_none() {
-            // The request that waited is gone: the driver has changed it, or broken the ring.
+        let kept = self.turn.budget != MAX_CHAINS_PER_TURN;
+        // The request that waited is gone, unless the queue put it back for want of something else.
+        let is_gone = kept || self.turn.dry || self.ring.is_broken();
+        if !self.is_throttled() && is_gone {
             self.leave_line();
         }
-        self.turn.budget != MAX_CHAINS_PER_TURN
+        kept
     }
 
     /// Whether the driver seems to have made a chain available that the device waits for.
@@ -321,7 +322,7 @@ impl<Q: DeviceQueue> ActiveRing<Q> {
         self.stopped = Some(base);
         self.turn.stopping = true;
         self.turn.throttled_until_ns = None;
-        (self.runnable, self.due_ns) = (false, None);
+        (self.runnable, self.look_ns) = (false, None);
         self.leave_line();
         self.with_queue(engine, |queue, io| queue.stop(io));
         // Whoever serves the ring next may rely on a kick.
