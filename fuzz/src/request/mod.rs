@@ -42,26 +42,14 @@ const FEATURE_WRITE_ZEROES: u64 = 1 << 14;
 const MAX_DISCARD: u32 = 36;
 const MAX_WRITE_ZEROES: u32 = 48;
 
-/// Runs one device. The device itself is made once for each thread: it has no state but its cache, which is not switched.
+/// Runs one device, of its own: it remembers a sync that has failed.
 pub fn run(data: &[u8]) {
-    thread_local! {
-        static RUNS: [Run; 4] = [
-            run_on("--cache=writeback"),
-            run_on("--cache=writethrough"),
-            run_on("--read-only"),
-            run_on("--logical-block-size=4096"),
-        ];
-    }
+    const WAYS: [&str; 4] =
+        ["--cache=writeback", "--cache=writethrough", "--read-only", "--logical-block-size=4096"];
     let mut script = Script::new(data);
     let flags = script.u8();
-    RUNS.with(|runs| runs[usize::from(flags & 3)](flags, script));
-}
-
-type Run = Box<dyn Fn(u8, Script<'_>)>;
-
-fn run_on(way: &str) -> Run {
-    let device = Arc::new(device(way));
-    Box::new(move |flags, script| Bench::new(Arc::clone(&device), flags, script).run())
+    let device = Arc::new(device(WAYS[usize::from(flags & 3)]));
+    Bench::new(device, flags, script).run();
 }
 
 /// A device over a file that nobody reads or writes: what an operation moves is decided here.
@@ -99,6 +87,8 @@ struct Bench<'a, D: Device> {
     /// Operations that have been looked at.
     seen: u64,
     broken: bool,
+    /// A sync has failed: nothing is called stable any more.
+    lost: bool,
     indirect: bool,
 }
 
@@ -129,6 +119,7 @@ impl<'a, D: Device> Bench<'a, D> {
             places,
             seen: 0,
             broken: false,
+            lost: false,
             indirect: features & VIRTIO_F_INDIRECT_DESC != 0,
         }
     }
@@ -307,9 +298,18 @@ impl<'a, D: Device> Bench<'a, D> {
             Err(Errno::INTR) => true,
             Err(errno) => errno == Errno::OPNOTSUPP && zeroes,
         };
+        // A write that ends short is gone on with, and synced if it must be.
+        let (promises, syncs) = match operation.work {
+            Work::Write { durable, .. } => (durable && result == Ok(whole), durable),
+            work => (matches!(work, Work::Sync) && result.is_ok(), matches!(work, Work::Sync)),
+        };
         if let Some(pending) = self.pending.get_mut(&operation.slot) {
-            pending.failed |= !survived;
+            pending.failed |= !survived || (promises && self.lost);
         }
+        self.lost |= match result {
+            Err(Errno::INTR) | Ok(_) => false,
+            Err(errno) => syncs && (errno == Errno::IO || matches!(operation.work, Work::Sync)),
+        };
         self.stage.kernel().end(operation.number, result);
     }
 
