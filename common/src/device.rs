@@ -1,6 +1,7 @@
 //! The contract that a device implements.
 //!
-//! A [`Device`] is shared and immutable; for each ring it opens a [`DeviceQueue`], which one worker
+//! A [`Device`] is shared, and what changes of it while rings run (a disk's size, its cache) is read
+//! without waiting; for each ring it opens a [`DeviceQueue`], which one worker
 //! owns. The runtime calls a queue when the driver has kicked it and when an operation has ended;
 //! the queue answers through [`QueueIo`]: it *pops* chains, *submits* operations, and *finishes*
 //! chains. It makes no system call, takes no lock and waits for nothing.
@@ -60,7 +61,7 @@ use crate::virtqueue::{Buffers, Chain, RingError, Virtqueue};
 /// Chains that a ring may pop in one turn of its worker's loop, so that no ring starves another.
 pub const MAX_CHAINS_PER_TURN: u32 = 256;
 
-/// A virtio device: what it is, shared by all its queues and never changed while they run.
+/// A virtio device: what it is, shared by all its queues.
 pub trait Device: Send + Sync + 'static {
     /// One ring's half of the device.
     type Queue: DeviceQueue;

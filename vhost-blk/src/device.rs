@@ -22,6 +22,9 @@ use crate::disk::{Disk, IMAGE, Range, Way};
 use crate::request::{HEADER_BYTES, KINDS, Kind, Request, Segment, Status};
 use crate::zeroing::{Part, Progress};
 
+/// What nothing moved means: a file that ends before the disk does has been truncated by somebody.
+const ENDS_EARLY: Errno = Errno::NODATA;
+
 /// A disk as a virtio device.
 pub(crate) struct BlockDevice {
     disk: Arc<Disk>,
@@ -129,10 +132,17 @@ struct Work {
     done: u64,
     /// The chain has a bounce buffer.
     bounced: bool,
-    /// Something was changed, and may not be stable.
-    volatile: bool,
-    /// The last write was to be stable when it ended.
-    stable: bool,
+    written: Written,
+}
+
+/// What a request has changed so far.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Written {
+    Nothing,
+    /// All of it, in a write that was to be stable when it ended.
+    Stably,
+    /// Something that may not be stable.
+    Volatile,
 }
 
 /// Which operation a request waits for.
@@ -209,8 +219,8 @@ impl BlockQueue {
             return io.retract(chain);
         }
         let (step, done) = (Step::Sync, 0);
-        let (volatile, stable) = (false, false);
-        let mut work = Work { chain, request, step, len_bytes, done, bounced, volatile, stable };
+        let written = Written::Nothing;
+        let mut work = Work { chain, request, step, len_bytes, done, bounced, written };
         match self.first_step(&work) {
             Some(step) => {
                 work.step = step;
@@ -297,8 +307,7 @@ impl BlockQueue {
                 // A write of several parts is synced once, when all are through.
                 let is_all = len_bytes == work.len_bytes;
                 let durable = is_all && self.submits_stable();
-                work.volatile |= !durable;
-                work.stable = durable;
+                work.written = if durable { Written::Stably } else { Written::Volatile };
                 if matches!(way, Way::Bounced { .. }) {
                     let data = io.readable(&work.chain).slice(from, len_bytes as usize);
                     io.bounce(&work.chain).copy_from(data);
@@ -316,10 +325,11 @@ impl BlockQueue {
             }
             (Step::Zero(_, Part { file, range, zeroing }), _) => {
                 let Range { offset, len_bytes } = range;
-                work.volatile = true;
+                work.written = Written::Volatile;
                 io.submit(&work.chain, 0, |_| Op::Zero { file, offset, len_bytes, zeroing });
             }
-            (Step::Sync | Step::Transfer(_), _) => {
+            (Step::Transfer(_), _) => unreachable!("only reads and writes move data"),
+            (Step::Sync, _) => {
                 io.submit(&work.chain, 0, |_| Op::Sync { file: IMAGE });
             }
         }
@@ -345,23 +355,29 @@ impl BlockQueue {
             }
             // Its sync may have failed. Other errors are the write's own, as that of a full host is,
             // which an operator can mend.
-            (Step::Transfer(_), Err(Errno::IO)) if work.stable => {
+            (Step::Transfer(_), Err(Errno::IO)) if work.written == Written::Stably => {
                 self.disk.cache().lose();
                 Next::Done(work, Err(Errno::IO))
             }
             (Step::Transfer(way), Ok(bytes)) => {
                 let moved = moved(&work, way, u64::from(bytes), io);
+                if moved == 0 {
+                    return Next::Done(work, Err(ENDS_EARLY));
+                }
                 work.done += moved;
                 let next = self.transfer(&work);
-                self.go_on(work, moved, next)
+                self.go_on(work, next)
             }
             (Step::Zero(mut progress, part), Ok(bytes)) => {
                 let writes = part.zeroing == Zeroing::Write;
                 let through = if writes { u64::from(bytes) } else { part.range.len_bytes };
+                if through == 0 {
+                    return Next::Done(work, Err(ENDS_EARLY));
+                }
                 work.done += through;
                 progress.advance(through);
                 let next = self.zero(&work, progress);
-                self.go_on(work, through, next)
+                self.go_on(work, next)
             }
             (Step::Zero(mut progress, part), Err(Errno::OPNOTSUPP | Errno::NOSYS)) => {
                 match (work.request, part.zeroing) {
@@ -371,7 +387,7 @@ impl BlockQueue {
                     _ => {
                         progress.fall_back_to_writing();
                         let next = self.zero(&work, progress);
-                        self.go_on(work, 1, next)
+                        self.go_on(work, next)
                     }
                 }
             }
@@ -379,11 +395,9 @@ impl BlockQueue {
         }
     }
 
-    /// After a part of so many bytes: the next one, or what comes behind the last.
-    fn go_on(&self, mut work: Work, moved: u64, next: Option<Step>) -> Next {
+    /// After a part: the next one, or what comes behind the last.
+    fn go_on(&self, mut work: Work, next: Option<Step>) -> Next {
         match next {
-            // A file that ends before the disk does has been truncated by somebody.
-            _ if moved == 0 => Next::Done(work, Err(Errno::NODATA)),
             Some(step) => {
                 work.step = step;
                 Next::Step(work)
@@ -396,11 +410,14 @@ impl BlockQueue {
     fn close(&self, mut work: Work) -> Next {
         let cache = self.disk.cache();
         let must_sync = if self.flushes { cache.must_sync() } else { cache.syncs() };
-        if work.volatile && must_sync {
-            work.step = Step::Sync;
-            return Next::Step(work);
+        match work.written {
+            Written::Volatile if must_sync => {
+                work.step = Step::Sync;
+                Next::Step(work)
+            }
+            Written::Stably => self.confirm(work),
+            Written::Volatile | Written::Nothing => Next::Done(work, Ok(())),
         }
-        if work.stable { self.confirm(work) } else { Next::Done(work, Ok(())) }
     }
 
     /// All that a request was to make stable is, unless the host has lost something.

@@ -198,7 +198,8 @@ impl Client {
     async fn skip_headers(&mut self) -> io::Result<Line> {
         let mut room = MAX_REQUEST_BYTES;
         loop {
-            let line = self.read_line(room).await?;
+            let read = timeout(IDLE_MAX, self.read_line(room)).await;
+            let line = read.unwrap_or(Ok(Line::HangUp))?;
             match &line {
                 Line::Complete(header) if !header.is_empty() => {
                     room = room.saturating_sub(header.len())

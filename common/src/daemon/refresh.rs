@@ -42,7 +42,7 @@ struct Audience {
     reads_config: bool,
     /// It has a ring that runs.
     runs: bool,
-    /// The size has changed, and it does not know.
+    /// The size has changed, which it is yet to be told.
     untold: bool,
 }
 
@@ -173,8 +173,11 @@ impl<D: Device> Attendance<'_, D> {
         let mut front_end = self.refresher.front_end.borrow_mut();
         let Some(audience) = front_end.as_mut() else { return };
         (audience.reads_config, audience.runs) = (reads_config, runs);
-        if audience.untold && runs && reads_config && audience.channel.is_some() {
-            let front_end = audience.tell();
+        if !audience.untold {
+            return;
+        }
+        let front_end = audience.tell();
+        if !audience.untold {
             info!("{} has grown before; front end: {front_end}", D::NAME);
         }
     }

@@ -1,9 +1,11 @@
-//! What executes a device's I/O: the only place that makes system calls for a running ring.
+//! What executes a device's I/O, its requests' system calls.
 //!
 //! Contract: a device names an [`Op`]; the engine runs it and gives back one [`Completion`] with
 //! the same [`Token`]. The buffers that an operation names stay mapped and unused by others until
 //! then: the virtqueue's slot sees to that. The [`Op`] enum is the whole system-call surface of
-//! every device, so sandbox rules can be read off it.
+//! every device's requests, so most of a sandbox's rules can be read off it. What workers and the main
+//! thread do besides: a blocking eventfd is written by the worker (`worker/bell.rs`), and a disk measures
+//! itself and, on a thread of its own, syncs once after a switch of its cache.
 //!
 //! [`Engine`] is what a worker knows of it. With `uring`, everything that a turn of the worker's loop
 //! has to say to the kernel goes into one `io_uring_enter`, which also waits. `threads`, epoll and a

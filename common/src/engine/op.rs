@@ -1,6 +1,7 @@
 //! Operations and what becomes of them.
 
-use crate::virtqueue::Buffers;
+use crate::memory::HostBuffer;
+use crate::virtqueue::{Buffers, MAX_CHAIN_DESCRIPTORS};
 
 /// Which of the device's files ([`Device::files`](crate::device::Device::files)) is meant.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,6 +27,18 @@ impl Zeroing {
             Self::Write => None,
         }
     }
+}
+
+/// `len_bytes` of zeros to write from, or as many as go into one operation.
+pub(super) fn zeros(len_bytes: u64) -> impl Iterator<Item = HostBuffer> {
+    let zeros = HostBuffer::of_zeros();
+    let mut left = usize::try_from(len_bytes).unwrap_or(usize::MAX);
+    let pieces = std::iter::from_fn(move || {
+        let piece = zeros.slice(0, left);
+        left -= piece.len();
+        (!piece.is_empty()).then_some(piece)
+    });
+    pieces.take(usize::from(MAX_CHAIN_DESCRIPTORS))
 }
 
 /// One operation on a device's file. Offsets and lengths are in bytes.

@@ -11,7 +11,7 @@ use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
 use super::event::{Event, Subject, Wait};
-use super::op::{FileIndex, Op, Token};
+use super::op::{FileIndex, Op, Token, zeros};
 use super::{Engine, Unavailable};
 use crate::memory::HostBuffer;
 use crate::virtqueue::{Buffers, MAX_CHAIN_DESCRIPTORS};
@@ -115,15 +115,9 @@ impl Uring {
 
     /// A list of `len_bytes` zeros, or as many as go into one operation.
     fn zeros(&mut self, len_bytes: u64) -> io::Result<(usize, u32)> {
-        let zeros = HostBuffer::of_zeros();
         self.reserve(usize::from(MAX_CHAIN_DESCRIPTORS))?;
         let start = self.arena.len();
-        let mut left = usize::try_from(len_bytes).unwrap_or(usize::MAX);
-        while left > 0 && self.arena.len() - start < usize::from(MAX_CHAIN_DESCRIPTORS) {
-            let piece = zeros.slice(0, left);
-            left -= piece.len();
-            self.arena.push(piece);
-        }
+        self.arena.extend(zeros(len_bytes));
         let count = (self.arena.len() - start) as u32;
         Ok((self.arena.as_ptr().wrapping_add(start) as usize, count))
     }

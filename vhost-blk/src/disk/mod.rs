@@ -7,8 +7,8 @@
 //! executes requests. Of these two change: the capacity, which only grows
 //! ([`Disk::measure_again`]), and the cache, which the driver switches.
 //!
-//! What it deliberately does not do: no I/O on the contents (request.rs names operations, the
-//! engine runs them), no image formats, no growing of a file by itself, and no guess at run time whether a
+//! What it deliberately does not do: no I/O on the contents (device.rs names operations, the
+//! engine runs them) but for a sync after a switch of the cache, no image formats, no growing of a file by itself, and no guess at run time whether a
 //! file system can punch holes: the request layer answers for operations that a file system
 //! refuses.
 
@@ -242,7 +242,8 @@ pub(crate) struct Disk {
     buffered: Option<File>,
     direct: Option<Direct>,
     cache: WriteCache,
-    zero_blocks: ZeroBlocks,
+    /// What the host deallocates or zeroes in one call is a multiple of this, in bytes.
+    zeroed_bytes: u64,
     /// Taken on a file description of its own: one may outlive the other, and neither is ever
     /// passed on by accident.
     #[expect(dead_code, reason = "held, not read: closing it releases the locks")]
@@ -270,7 +271,7 @@ impl Disk {
             buffered: None,
             direct: None,
             cache: WriteCache::new(options.cache.caching()),
-            zero_blocks: ZeroBlocks { called: 1, written: 1, edge: IMAGE },
+            zeroed_bytes: 1,
             lock: None,
             capacity_sectors: AtomicU64::new(sectors),
             read_only: options.read_only,
@@ -329,11 +330,7 @@ impl Disk {
             buffered,
             direct,
             cache: WriteCache::new(caching),
-            zero_blocks: ZeroBlocks {
-                called: device_block.map_or(1, u64::from),
-                written: direct.map_or(1, Direct::unit_bytes),
-                edge: if direct.is_some() { BUFFERED } else { IMAGE },
-            },
+            zeroed_bytes: device_block.map_or(1, u64::from),
             lock,
             capacity_sectors: AtomicU64::new(sectors),
             read_only: options.read_only,
@@ -358,7 +355,11 @@ impl Disk {
 
     /// How ranges are zeroed and discarded.
     pub(crate) fn zero_blocks(&self) -> ZeroBlocks {
-        self.zero_blocks
+        ZeroBlocks {
+            called: self.zeroed_bytes,
+            written: self.direct.map_or(1, Direct::unit_bytes),
+            edge: if self.direct.is_some() { BUFFERED } else { IMAGE },
+        }
     }
 
     /// Whether the driver sees a write-back cache, and what follows from that for each write.
@@ -387,7 +388,7 @@ impl Disk {
     ///
     /// On a thread of its own: a front end may stop its whole guest until its message is answered
     /// (QEMU does), which a sync of all that the host has cached must not prolong. Until it has
-    /// ended, each write is followed by a sync ([`WriteCache::submits_stable`]).
+    /// ended, each write is followed by a sync ([`WriteCache::must_sync`]).
     fn settle(self: &Arc<Self>) {
         let disk = Arc::clone(self);
         let sync = move || {
@@ -446,12 +447,7 @@ impl Disk {
     pub(crate) fn simulate(self, mode: CacheMode, direct: (u32, u32), called: u64) -> Disk {
         let caching = mode.caching();
         let direct = Direct::new(direct.0, direct.1, 4096).filter(|_| caching.direct);
-        let zero_blocks = ZeroBlocks {
-            called,
-            written: direct.map_or(1, Direct::unit_bytes),
-            edge: if direct.is_some() { BUFFERED } else { IMAGE },
-        };
-        Disk { direct, zero_blocks, cache: WriteCache::new(caching), ..self }
+        Disk { direct, zeroed_bytes: called, cache: WriteCache::new(caching), ..self }
     }
 }
 

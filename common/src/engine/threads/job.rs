@@ -9,12 +9,10 @@
 use std::io;
 use std::os::fd::RawFd;
 
+use crate::engine::op::zeros;
 use crate::engine::{Event, FileIndex, Op, Subject};
 use crate::memory::HostBuffer;
-use crate::virtqueue::Buffers;
-
-/// The most buffers of one system call (`UIO_MAXIOV`); what is beyond is a short transfer.
-const IOV_MAX: usize = 1024;
+use crate::virtqueue::{Buffers, MAX_CHAIN_DESCRIPTORS};
 
 /// See the module's head.
 pub(super) struct Job {
@@ -91,7 +89,7 @@ impl Call {
                 unsafe { libc::pwritev2(file, list, count, place(*offset), *flags) }
             }
             Self::WriteZeros { offset, len_bytes } => {
-                let zeros = zeros(*len_bytes);
+                let zeros: Vec<_> = zeros(*len_bytes).collect();
                 let (list, count) = as_kernel_takes_it(&zeros);
                 // SAFETY: the buffers are a constant of this process.
                 unsafe { libc::pwritev(file, list, count, place(*offset)) }
@@ -115,20 +113,9 @@ fn list(buffers: Buffers<'_>) -> Vec<HostBuffer> {
     buffers.iter().collect()
 }
 
-/// A list of `len_bytes` zeros, or as many as go into one system call.
-fn zeros(len_bytes: u64) -> Vec<HostBuffer> {
-    let zeros = HostBuffer::of_zeros();
-    let mut left = usize::try_from(len_bytes).unwrap_or(usize::MAX);
-    let pieces = std::iter::from_fn(|| {
-        let piece = zeros.slice(0, left);
-        left -= piece.len();
-        (!piece.is_empty()).then_some(piece)
-    });
-    pieces.take(IOV_MAX).collect()
-}
-
 /// Address and length of a list.
 fn as_kernel_takes_it(list: &[HostBuffer]) -> (*const libc::iovec, libc::c_int) {
-    // A buffer has the layout of an `iovec`.
-    (list.as_ptr().cast(), list.len().min(IOV_MAX) as libc::c_int)
+    // A buffer has the layout of an `iovec`. What is beyond the kernel's limit is a short transfer.
+    let count = list.len().min(usize::from(MAX_CHAIN_DESCRIPTORS));
+    (list.as_ptr().cast(), count as libc::c_int)
 }
