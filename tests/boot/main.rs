@@ -4,6 +4,7 @@ mod control;
 mod growth;
 mod limits;
 mod qemu;
+mod statistics;
 mod sudden_death;
 mod systemd;
 mod terminal;

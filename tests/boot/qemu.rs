@@ -2,7 +2,6 @@
 //! and a front end that resets, restarts and dies.
 
 mod emulator;
-mod statistics;
 
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
@@ -14,9 +13,9 @@ use tests::{
 };
 
 use self::emulator::{Emulator, OnRestart, QUEUE_COUNT};
-use self::statistics::Statistics;
 use crate::growth::{self, News};
 use crate::limits;
+use crate::statistics::Statistics;
 use crate::sudden_death::{FileSystem, Scene};
 
 /// Enough for each of the load's jobs to have 32 large requests of its own in flight.

@@ -7,6 +7,9 @@ const MARK: &str = "OUTBOARD-ANNOUNCES:";
 /// What ends one: a number whose last digits died with the machine is none.
 const END: &str = ".";
 
+/// The requests that the check "rate" has in flight at most.
+pub const MOST_IN_FLIGHT: u64 = 32;
+
 /// How far a check has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Announcement {

@@ -7,7 +7,7 @@ use std::fs;
 use std::io;
 use std::process::Command;
 
-use guest::announcement::{Announcement, Measurement};
+use guest::announcement::{Announcement, MOST_IN_FLIGHT, Measurement};
 
 use super::{Failure, attribute_path, run_program};
 use crate::parameters::Parameters;
@@ -17,7 +17,7 @@ const RUN_SECONDS: u64 = 2;
 /// Jobs that run side by side, for every queue to have requests.
 const JOB_COUNT: u64 = 4;
 /// Requests that each job keeps in flight: more than the disk may start in the time that they take.
-const DEPTH: u64 = 8;
+const DEPTH: u64 = MOST_IN_FLIGHT / JOB_COUNT;
 /// Windows in which completions are counted, in milliseconds: what stands out here is felt by who waits.
 const WINDOW_MS: u64 = 100;
 /// Where fio has its logs: `rate_lat.1.log` and so on, a job each.
