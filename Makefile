@@ -8,7 +8,7 @@ help:
 	@echo 'make test-fast  unit tests, conformance, an independent front end, User-Mode Linux guests'
 	@echo 'make test       everything that a change must pass'
 	@echo 'make fuzz       fuzz each target for 20 s (TIME=seconds, TARGET=one of them)'
-	@echo 'make bench      measure against other back ends'
+	@echo 'make bench      measure against other back ends (OPTIONS=what tests/bench/run --help lists)'
 	@echo 'make rig        fetch what guests are made of (the others do this by themselves)'
 
 .PHONY: run
@@ -31,7 +31,7 @@ fuzz:
 
 .PHONY: bench
 bench: rig
-	@tests/bench/run
+	@tests/bench/run $(OPTIONS)
 
 .PHONY: rig
 rig:

@@ -16,6 +16,8 @@ use load::Client;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 
+use crate::disk::{Aio, Disk, path_of};
+
 /// Time in which a daemon listens, even on a busy machine.
 const START_LIMIT: Duration = Duration::from_secs(20);
 /// Pause between two attempts to connect: short beside the warm-up of a sample.
@@ -27,30 +29,23 @@ const TICKS_PER_SECOND: f64 = 100.0;
 /// Room for 128 requests of three descriptors each.
 const QUEUE_SIZE: u16 = 512;
 
-/// The disk that a daemon is to serve.
-#[derive(Debug)]
-pub(crate) enum Disk {
-    /// Completes everything, moves nothing; this many bytes.
-    Null(u64),
-    /// An image.
-    File(PathBuf),
-}
-
-/// How a program wants to be told its socket and disk.
+/// How a program wants to be told its socket, disk, cache mode and engine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Dialect {
-    /// `--socket-path` and `--disk`.
-    Ours,
-    /// The same, with `--aio threads`.
-    OursOnThreads,
+    /// Our daemon.
+    Ours(Aio),
+    /// The stock daemon, which has one engine: none.
+    Stock,
     /// `qemu-storage-daemon`.
-    StorageDaemon,
+    StorageDaemon(Aio),
 }
 
 /// A program under comparison.
 #[derive(Debug)]
 pub(crate) struct Contender {
-    pub(crate) name: &'static str,
+    pub(crate) name: String,
+    /// The name of the contender that this one's ratios refer to, which may not be there.
+    pub(crate) peer: String,
     pub(crate) program: PathBuf,
     pub(crate) dialect: Dialect,
 }
@@ -105,42 +100,65 @@ impl Contender {
 
     fn arguments(&self, disk: &Disk, socket: &Path) -> Vec<OsString> {
         let socket = socket.display();
-        let words: Vec<String> = match (self.dialect, disk) {
-            (Dialect::Ours | Dialect::OursOnThreads, disk) => {
-                let disk = match disk {
-                    Disk::Null(len_bytes) => format!("null:{len_bytes}"),
-                    Disk::File(path) => format!("file:{}", path.display()),
-                };
-                let mut words = vec![format!("--socket-path={socket}"), format!("--disk={disk}")];
-                if self.dialect == Dialect::OursOnThreads {
-                    words.push("--aio=threads".into());
+        let words = match self.dialect {
+            Dialect::Ours(aio) => {
+                let mut words = vec![
+                    format!("--socket-path={socket}"),
+                    plain_disk(disk),
+                    format!("--aio={}", aio.name()),
+                ];
+                if let Disk::File { cache, .. } = disk {
+                    words.push(format!("--cache={}", cache.name()));
                 }
                 words
             }
-            (Dialect::StorageDaemon, disk) => {
-                let node = match disk {
-                    Disk::Null(len_bytes) => {
-                        format!("null-co,node-name=disk,size={len_bytes},read-zeroes=off")
-                    }
-                    Disk::File(path) => {
-                        format!(
-                            "file,node-name=disk,filename={},cache.direct=off,aio=io_uring",
-                            path.display()
-                        )
-                    }
-                };
-                let export = format!(
+            Dialect::Stock => {
+                let mut words = vec![format!("--socket-path={socket}"), plain_disk(disk)];
+                if let Disk::File { cache, .. } = disk {
+                    words.extend(cache.is_direct().then(|| "--direct".into()));
+                    words.extend(cache.is_write_through().then(|| "--write-through".into()));
+                }
+                words
+            }
+            Dialect::StorageDaemon(aio) => {
+                let mut export = format!(
                     "vhost-user-blk,id=export,node-name=disk,addr.type=unix,addr.path={socket},writable=on,\
                      iothread=thread"
                 );
+                if matches!(disk, Disk::File { cache, .. } if cache.is_write_through()) {
+                    export.push_str(",writethrough=on");
+                }
                 vec![
                     "--object=iothread,id=thread".into(),
-                    format!("--blockdev={node}"),
+                    format!("--blockdev={}", node(disk, aio)),
                     format!("--export={export}"),
                 ]
             }
         };
         words.into_iter().map(OsString::from).collect()
+    }
+}
+
+/// The disk, as our daemon and the stock one want to be told it.
+fn plain_disk(disk: &Disk) -> String {
+    match disk {
+        Disk::Null(len_bytes) => format!("--disk=null:{len_bytes}"),
+        Disk::File { image, .. } => format!("--disk=file:{}", path_of(image).display()),
+    }
+}
+
+/// The disk as a node of QEMU's block layer. Its null disk has no engine.
+fn node(disk: &Disk, aio: Aio) -> String {
+    let switch = |is_on| if is_on { "on" } else { "off" };
+    match disk {
+        Disk::Null(len_bytes) => format!("null-co,node-name=disk,size={len_bytes},read-zeroes=off"),
+        Disk::File { image, cache } => format!(
+            "file,node-name=disk,filename={},cache.direct={},cache.no-flush={},aio={}",
+            path_of(image).display(),
+            switch(cache.is_direct()),
+            switch(cache.is_unsafe()),
+            aio.name(),
+        ),
     }
 }
 
@@ -220,4 +238,48 @@ impl Drop for Daemon {
 /// Whether a failed connection only says that the daemon does not listen yet.
 fn is_early(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::{Path, PathBuf};
+
+    use super::{Contender, Dialect};
+    use crate::disk::{Aio, Cache, Disk};
+
+    /// What a daemon of this dialect is told, in one line.
+    fn told(dialect: Dialect, cache: Cache) -> String {
+        let contender = Contender {
+            name: String::new(),
+            peer: String::new(),
+            program: PathBuf::new(),
+            dialect,
+        };
+        let disk = Disk::file(&std::env::temp_dir(), 0, cache).expect("there is room for nothing");
+        let words = contender.arguments(&disk, Path::new("socket"));
+        words.iter().map(|word| word.to_string_lossy()).collect::<Vec<_>>().join(" ")
+    }
+
+    #[test]
+    fn each_mode_is_told_to_each_daemon() {
+        let modes = [
+            (Cache::None, true, false, false),
+            (Cache::Writeback, false, false, false),
+            (Cache::Writethrough, false, true, false),
+            (Cache::Directsync, true, true, false),
+            (Cache::Unsafe, false, false, true),
+        ];
+        for (cache, direct, write_through, ignores_flushes) in modes {
+            let ours = told(Dialect::Ours(Aio::Threads), cache);
+            assert!(ours.contains(&format!("--aio=threads --cache={}", cache.name())), "{ours}");
+            let stock = told(Dialect::Stock, cache);
+            assert_eq!(stock.contains("--direct"), direct, "{stock}");
+            assert_eq!(stock.contains("--write-through"), write_through, "{stock}");
+            let peer = told(Dialect::StorageDaemon(Aio::IoUring), cache);
+            assert!(peer.contains("aio=io_uring"), "{peer}");
+            assert_eq!(peer.contains("cache.direct=on"), direct, "{peer}");
+            assert_eq!(peer.contains("writethrough=on"), write_through, "{peer}");
+            assert_eq!(peer.contains("cache.no-flush=on"), ignores_flushes, "{peer}");
+        }
+    }
 }

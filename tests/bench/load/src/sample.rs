@@ -55,6 +55,8 @@ pub(crate) struct Sample {
 pub(crate) enum SampleError {
     #[error("daemon")]
     Daemon(#[from] DaemonError),
+    #[error("cannot write out what is left of the image's writes")]
+    Settle(#[source] io::Error),
     #[error("queue")]
     Queue(#[from] io::Error),
     #[error("a request completed with error {0}")]

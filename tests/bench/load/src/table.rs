@@ -1,19 +1,27 @@
 //! The bench's tables, in Markdown.
 
+use crate::contender::Contender;
 use crate::sample::Sample;
 
 /// One contender in one cell.
 #[derive(Debug)]
 pub(crate) struct Row {
-    pub(crate) name: &'static str,
+    pub(crate) name: String,
+    /// The name of the row that the ratios refer to.
+    peer: String,
     pub(crate) samples: Vec<Sample>,
     /// Why there are no more samples.
     pub(crate) failure: Option<String>,
 }
 
 impl Row {
-    pub(crate) fn new(name: &'static str) -> Self {
-        Self { name, samples: Vec::new(), failure: None }
+    pub(crate) fn new(contender: &Contender) -> Self {
+        Self {
+            name: contender.name.clone(),
+            peer: contender.peer.clone(),
+            samples: Vec::new(),
+            failure: None,
+        }
     }
 
     fn column(&self, value: fn(&Sample) -> f64) -> Vec<f64> {
@@ -28,17 +36,19 @@ pub(crate) fn print_head() {
     println!("|---|---|---:|---:|---:|---:|---:|");
 }
 
-/// Prints the rows of a cell, with ratios to the contender called `peer`.
-pub(crate) fn print_rows(cell: &str, rows: &[Row], peer: &str) {
+/// Prints the rows of a cell, each with the ratio to its peer.
+pub(crate) fn print_rows(cell: &str, rows: &[Row]) {
     let rate = |sample: &Sample| sample.requests_per_second;
-    let peer_rates =
-        rows.iter().find(|row| row.name == peer).map_or(Vec::new(), |row| row.column(rate));
     for row in rows {
         if let Some(failure) = &row.failure {
             println!("| {cell} | {} | failed: {failure} | | | | |", row.name);
             continue;
         }
         let rates = row.column(rate);
+        let peer_rates = rows
+            .iter()
+            .find(|peer| peer.name == row.peer)
+            .map_or(Vec::new(), |peer| peer.column(rate));
         // Round by round, so that a disturbance that lasts longer than a round cancels out.
         let ratios: Vec<f64> =
             rates.iter().zip(&peer_rates).map(|(rate, peer_rate)| rate / peer_rate).collect();

@@ -2,6 +2,7 @@
 //!
 //! I/O is synchronous and goes straight between the page cache and guest memory (`preadv`, `pwritev`). A short
 //! transfer is an error: requests are checked against the capacity first, so only a file that shrank gives one.
+//! Direct I/O takes a guest's buffers as they lie: those that the host cannot use are an error too.
 
 // Vectored I/O into memory that a guest writes to at the same time has no safe wrapper in any of the crates.
 #![allow(unsafe_code)]
@@ -9,6 +10,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -38,6 +40,25 @@ impl FromStr for DiskSource {
     }
 }
 
+/// How a file is written.
+#[derive(Clone, Copy, Debug, clap::Args)]
+pub(crate) struct Caching {
+    /// Move data past the host's page cache.
+    #[arg(long)]
+    direct: bool,
+    /// Make each write stable before it completes.
+    #[arg(long)]
+    write_through: bool,
+}
+
+impl Caching {
+    /// As flags of `open`.
+    fn flags(self) -> i32 {
+        let flag = |is_set, flag| if is_set { flag } else { 0 };
+        flag(self.direct, libc::O_DIRECT) | flag(self.write_through, libc::O_DSYNC)
+    }
+}
+
 /// Why there is no disk.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum DiskError {
@@ -56,14 +77,16 @@ pub(crate) struct Disk {
 }
 
 impl Disk {
-    pub(crate) fn open(source: &DiskSource) -> Result<Self, DiskError> {
+    pub(crate) fn open(source: &DiskSource, caching: Caching) -> Result<Self, DiskError> {
         match source {
             DiskSource::Null(capacity_bytes) => {
                 Ok(Self { file: None, capacity_bytes: *capacity_bytes })
             }
             DiskSource::File(path) => {
                 let open = || {
-                    let file = File::options().read(true).write(true).open(path)?;
+                    let mut options = File::options();
+                    options.read(true).write(true).custom_flags(caching.flags());
+                    let file = options.open(path)?;
                     let capacity_bytes = file.metadata()?.len();
                     Ok(Self { file: Some(file), capacity_bytes })
                 };

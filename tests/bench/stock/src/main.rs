@@ -6,7 +6,8 @@
 //! copy between file and guest, EVENT_IDX, one lock for a whole turn.
 //!
 //! It is no product. It trusts its guest: what the crates make of a broken ring is not repaired here. It serves IN,
-//! OUT, FLUSH and GET_ID and nothing else, knows neither locks nor cache modes, and its socket has the umask's rights.
+//! OUT, FLUSH and GET_ID and nothing else, knows no locks, of cache modes only what a bench can compare, and its socket
+//! has the umask's rights.
 
 mod backend;
 mod disk;
@@ -21,7 +22,7 @@ use vhost_user_backend::VhostUserDaemon;
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 
 use crate::backend::StockBlk;
-use crate::disk::{Disk, DiskError, DiskSource};
+use crate::disk::{Caching, Disk, DiskError, DiskSource};
 
 /// Serve a disk over vhost-user on the stock rust-vmm crates, to measure against.
 #[derive(Parser)]
@@ -32,6 +33,8 @@ struct Options {
     /// `file:PATH`, or `null:SIZE` in bytes for a disk that does nothing.
     #[arg(long)]
     disk: DiskSource,
+    #[command(flatten)]
+    caching: Caching,
     /// Number of request queues, each on a thread of its own.
     // 64: the runtime keeps the queues of a thread in a mask of that many bits.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
@@ -67,7 +70,7 @@ fn main() -> ExitCode {
 
 /// Serves one front end after another until the process is killed: the runtime has no end of its own to offer.
 fn serve(options: Options) -> Result<(), StockError> {
-    let disk = Arc::new(Disk::open(&options.disk)?);
+    let disk = Arc::new(Disk::open(&options.disk, options.caching)?);
     loop {
         // A daemon object serves one connection only (a second SET_OWNER is refused), so each front end gets a new one.
         let memory = GuestMemoryAtomic::new(GuestMemoryMmap::new());
