@@ -6,24 +6,32 @@
 //!
 //! Deliberately absent: anything that speaks vhost-user (that is `tests/frontend`), and any use of `common`.
 
+mod capture;
 mod daemon;
 mod deadline;
 mod disk_image;
+mod frame;
 mod initrd;
+mod iperf;
 mod loop_device;
 mod machine;
+mod namespace;
 mod requirement;
 mod rig;
 mod user_mode_linux;
 
 use std::path::Path;
 
+pub use capture::Capture;
 pub use daemon::{Daemon, DaemonCommand, engine_arguments, program};
 pub use deadline::wait_for_exit;
 pub use disk_image::DiskImage;
+pub use frame::{Checksum, Frame, Malformed, Packet, Transport};
 pub use initrd::Initrd;
+pub use iperf::Iperf;
 pub use loop_device::LoopDevice;
 pub use machine::Machine;
+pub use namespace::{Namespace, Tap};
 pub use requirement::{cannot_run, lacks_root, temp_dir_on_storage, temp_dir_with_direct_io};
 pub use rig::Rig;
 pub use tempfile::TempDir;

@@ -7,7 +7,7 @@ use std::process::Command;
 use crate::requirement::cannot_run;
 
 /// The unpacked packages. See `tests/rig/README.md` for the layout.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Rig {
     directory: PathBuf,
 }

@@ -5,4 +5,5 @@
 
 pub mod announcement;
 pub mod pattern;
+pub mod throughput;
 pub mod verdict;
