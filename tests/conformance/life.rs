@@ -203,4 +203,6 @@ fn options_that_make_no_sense_are_named() {
     must_fail(&["--socket-path", socket], 2, &["--blk-file"]);
     must_fail(&["--disk", "null:banana", "--socket-path", socket], 2, &["banana"]);
     must_fail(&["--disk", "null:100", "--socket-path", socket], 2, &["100"]);
+    let storage = ["--disk", "null:1M", "--cache", "none", "--socket-path", socket];
+    must_fail(&storage, 2, &["--cache", "null:SIZE"]);
 }

@@ -13,7 +13,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::error::ErrorKind;
-use clap::{Args, CommandFactory, Parser};
+use clap::parser::ValueSource;
+use clap::{ArgMatches, Args, CommandFactory, FromArgMatches, Parser};
 use common::daemon::DaemonOptions;
 
 use crate::config::{QueueLimits, Serial};
@@ -34,6 +35,9 @@ const QUEUE_SIZE_MAX: u16 = 32_768;
 
 /// A request that is worth serving has at least a header and a status, each in a descriptor.
 const QUEUE_SIZE_MIN: u16 = 2;
+
+/// Options, as the parser calls them, that mean nothing without a file.
+const STORAGE_OPTIONS: [&str; 3] = ["cache", "watch_size", "no_lock"];
 
 /// The options of a daemon that serves a disk.
 #[derive(Debug)]
@@ -56,7 +60,9 @@ pub(crate) struct Options {
 /// Parses a command line, the program's name first. The error prints itself and knows the exit
 /// status (`clap::Error::exit`).
 pub(crate) fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Options, clap::Error> {
-    let line = CommandLine::try_parse_from(arguments)?;
+    let matches = CommandLine::command().try_get_matches_from(arguments)?;
+    let line = CommandLine::from_arg_matches(&matches)?;
+    check_null(&line, &matches)?;
     let Some(disk) = line.source.disk.or(line.source.blk_file.map(DiskSpec::File)) else {
         // The group has already asked for one of them; should it ever stop, this does.
         return Err(CommandLine::command()
@@ -75,6 +81,18 @@ pub(crate) fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Opt
         queues: QueueLimits { count: line.num_queues, size_max: line.queue_size },
         watch_size: line.watch_size.map(Duration::from_secs),
     })
+}
+
+/// Refuses options of what a disk without storage does not have.
+fn check_null(line: &CommandLine, matches: &ArgMatches) -> Result<(), clap::Error> {
+    let Some(DiskSpec::Null { .. }) = line.source.disk else { return Ok(()) };
+    let is_given = |id: &&str| matches.value_source(id) == Some(ValueSource::CommandLine);
+    let Some(option) = STORAGE_OPTIONS.into_iter().find(is_given) else { return Ok(()) };
+    let option = option.replace('_', "-");
+    Err(CommandLine::command().error(
+        ErrorKind::ArgumentConflict,
+        format!("--{option} is for a file or a block device, and --disk null:SIZE has no storage"),
+    ))
 }
 
 /// Serve a disk to a virtual machine, as a process of its own
@@ -187,8 +205,9 @@ struct Source {
     /// file:PATH is a raw image or a block device.
     ///
     /// null:SIZE forgets what is written and reads at once, whatever was in the guest's buffer: for
-    /// measuring everything but the disk. SIZE is in bytes, or with k, M, G or T in units of 1024,
-    /// 1024², 1024³ or 1024⁴ bytes, and a multiple of 512 bytes.
+    /// measuring everything but the disk. Options of storage (--cache, --watch-size, --no-lock) are
+    /// refused with it. SIZE is in bytes, or with k, M, G or T in units of 1024, 1024², 1024³ or
+    /// 1024⁴ bytes, and a multiple of 512 bytes.
     #[arg(long, value_name = "file:PATH|null:SIZE", help_heading = "Disk options")]
     disk: Option<DiskSpec>,
 }
@@ -300,11 +319,11 @@ mod tests {
     #[test]
     fn every_disk_option_arrives() {
         let options = parse_words(
-            "--disk null:1G --read-only --serial abc --num-queues 256 --queue-size 32768 --no-lock \
-             --cache directsync --logical-block-size 2048",
+            "--blk-file disk.img --read-only --serial abc --num-queues 256 --queue-size 32768 \
+             --no-lock --cache directsync --logical-block-size 2048",
         )
         .unwrap();
-        assert_eq!(options.disk, DiskSpec::Null { len_bytes: 1 << 30 });
+        assert_eq!(options.disk, DiskSpec::File("disk.img".into()));
         let open = OpenOptions {
             read_only: true,
             lock: false,
@@ -335,6 +354,19 @@ mod tests {
         assert!(refused("").contains("--blk-file"));
         assert!(refused("--blk-file a --disk null:512").contains("cannot be used with"));
         assert!(refused("--disk null:512 --disk null:512").contains("multiple times"));
+    }
+
+    #[test]
+    fn disk_without_storage_has_no_options_of_storage() {
+        for option in ["--cache=writeback", "--cache=none", "--watch-size", "--no-lock"] {
+            let told = refused(&format!("--disk null:1G {option}"));
+            let (name, _) = option.split_once('=').unwrap_or((option, ""));
+            assert!(told.contains(name) && told.contains("null:SIZE"), "{told}");
+            parse_words(&format!("--disk file:a {option}")).unwrap();
+        }
+        let all_others = "--read-only --serial a --num-queues 2 --logical-block-size 512";
+        let options = parse_words(&format!("--disk null:1G {all_others}")).unwrap();
+        assert_eq!(options.disk, DiskSpec::Null { len_bytes: 1 << 30 });
     }
 
     #[test]
