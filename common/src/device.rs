@@ -48,12 +48,14 @@
 //! }
 //! ```
 
+use std::convert::Infallible;
 use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
 use rustix::io::Errno;
 
-use crate::engine::{Completion, Engine, Op, Token};
+use crate::engine::{ChannelIndex, Completion, Engine, Op, Readiness, Token};
+use crate::memory::HostBuffer;
 use crate::metrics::QueueMetrics;
 use crate::rate_limit::{Cost, Direction, Place, RateLimits};
 use crate::virtqueue::{Buffers, Chain, RingError, Virtqueue};
@@ -69,6 +71,8 @@ pub trait Device: Send + Sync + 'static {
     const NAME: &'static str;
     /// What its requests are counted as; [`Account::kind`] is an index into it.
     const KINDS: &'static [&'static str];
+    /// Why it gives work up; [`QueueIo::give_up`] takes an index into it.
+    const DROPS: &'static [&'static str] = &[];
 
     /// Number of virtqueues.
     fn queue_count(&self) -> u16;
@@ -99,9 +103,41 @@ pub trait Device: Send + Sync + 'static {
     }
     /// The files that operations name by their place here.
     fn files(&self) -> Vec<BorrowedFd<'_>>;
+    /// The channels that queues receive and send through, named by their place here. They do not block.
+    fn channels(&self) -> Vec<BorrowedFd<'_>> {
+        Vec::new()
+    }
     /// Opens the queue at `index` with `queue_size` entries for a driver that acknowledged
-    /// `features`.
+    /// `features`; on the main thread, before the ring runs.
     fn open_queue(&self, index: u16, features: u64, queue_size: u16) -> Self::Queue;
+    /// The queue at `index` is gone: its ring has stopped. On the main thread.
+    fn close_queue(&self, _index: u16) {}
+    /// What vhost-user has for network devices alone, for a device that is one.
+    fn network(&self) -> Option<&dyn Network> {
+        None
+    }
+    /// What the device does on the main thread while it is served, without end: watching what it is
+    /// made of, say.
+    fn errands(&self, _runtime: &impl Runtime) -> impl Future<Output = Infallible> {
+        std::future::pending()
+    }
+}
+
+/// What the device's errands can have done.
+pub trait Runtime {
+    /// The configuration space has changed, and the front end is to be told; `news` is for the log.
+    fn config_changed(&self, news: &str);
+    /// Has every queue look at its ring and its channel.
+    fn look(&self);
+}
+
+/// What vhost-user has for network devices alone; called on the main thread.
+pub trait Network {
+    /// vhost-user, "VHOST_USER_SEND_RARP": the guest is to be announced on the network, since its driver
+    /// cannot do so itself.
+    fn announce(&self, mac: [u8; 6]);
+    /// vhost-user, "VHOST_USER_NET_SET_MTU": the guest has this MTU; false when it may not.
+    fn set_mtu(&self, mtu_bytes: u64) -> bool;
 }
 
 /// What [`Device::refresh`] has found.
@@ -210,6 +246,8 @@ pub(crate) struct Turn {
     pub(crate) armed: bool,
     /// Operations that have not ended.
     pub(crate) operations: u32,
+    /// The engine tells when the queue's channel is ready.
+    pub(crate) awaits_channel: bool,
     /// The ring takes no more chains: it is being stopped.
     pub(crate) stopping: bool,
     /// Why the ring broke in this turn.
@@ -317,6 +355,44 @@ impl QueueIo<'_> {
         if let Err(fault) = self.engine.submit(self.queue, Token { slot, step }, op(buffers)) {
             self.state.engine_fault = Some(fault);
         }
+    }
+
+    /// Receives from a channel what is there, into `into` from its first byte on. Buffers of chains
+    /// that are out, and of own memory.
+    ///
+    /// # Errors
+    /// The kernel's: `AGAIN` where there is nothing ([`await_channel`](Self::await_channel)).
+    pub fn receive(&mut self, from: ChannelIndex, into: &[HostBuffer]) -> Result<usize, Errno> {
+        self.engine.receive(from, into)
+    }
+
+    /// Sends over a channel what finds room.
+    ///
+    /// # Errors
+    /// The kernel's: `AGAIN` where there is no room ([`await_channel`](Self::await_channel)).
+    pub fn send(&mut self, over: ChannelIndex, from: &[HostBuffer]) -> Result<usize, Errno> {
+        self.engine.send_to(over, from)
+    }
+
+    /// Has the runtime call [`DeviceQueue::process`] when the channel is ready, for this or for its
+    /// end. A queue waits for one channel at a time.
+    pub fn await_channel(&mut self, channel: ChannelIndex, readiness: Readiness) {
+        if std::mem::replace(&mut self.state.awaits_channel, true) {
+            return;
+        }
+        if let Err(fault) = self.engine.await_channel(self.queue, channel, readiness) {
+            self.state.engine_fault = Some(fault);
+        }
+    }
+
+    /// Counts work that the device gives up; `reason` is an index into [`Device::DROPS`].
+    pub fn give_up(&mut self, reason: usize) {
+        self.metrics.drops[reason].add(1);
+    }
+
+    /// The time of this turn, in nanoseconds since the workers began.
+    pub fn now_ns(&self) -> u64 {
+        self.state.now_ns
     }
 
     /// Ends a chain: the driver gets it back with `written_bytes` of its writable part filled.

@@ -14,7 +14,7 @@ pub(crate) mod manual;
 mod ring;
 mod spin;
 
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -26,7 +26,7 @@ use self::mailbox::Mailbox;
 use self::ring::{ActiveRing, Notice};
 use self::spin::{LOOK_MAX, Spin};
 use crate::device::{Device, HostFault};
-use crate::engine::{Completion, Engine, EngineError, EngineKind, Event, Subject, Wait};
+use crate::engine::{Channels, Completion, Engine, EngineError, EngineKind, Event, Subject, Wait};
 use crate::memory::MemoryMap;
 use crate::metrics::{Metrics, QueueMetrics};
 use crate::rate_limit::{Change, RateLimits, Unit};
@@ -91,6 +91,7 @@ enum Command<Q> {
     SetError { index: u16, error: Option<Arc<OwnedFd>> },
     SetMemory { index: u16, memory: Arc<MemoryMap>, settled: oneshot::Sender<()> },
     LimitsChanged,
+    Look,
     Quit,
 }
 
@@ -118,6 +119,16 @@ impl<Q> Throttle<Q> {
     /// The limits.
     pub fn limits(&self) -> &RateLimits {
         &self.limits
+    }
+}
+
+/// Has the rings that run look at their channels.
+pub struct Nudge<Q>(Vec<Arc<Mailbox<Command<Q>>>>);
+
+impl<Q> Nudge<Q> {
+    /// Has every queue look at its ring and at its channel, which may be another one by now.
+    pub fn look(&self) {
+        self.0.iter().for_each(|mailbox| mailbox.send(Command::Look));
     }
 }
 
@@ -157,8 +168,16 @@ impl<D: Device> Workers<D> {
 
     /// What changes the limits of all rings.
     pub fn throttle(&self) -> Throttle<D::Queue> {
-        let mailboxes = self.threads.iter().map(|thread| Arc::clone(&thread.mailbox)).collect();
-        Throttle { limits: Arc::clone(&self.limits), mailboxes }
+        Throttle { limits: Arc::clone(&self.limits), mailboxes: self.mailboxes() }
+    }
+
+    /// What has all rings look at their channels.
+    pub fn nudge(&self) -> Nudge<D::Queue> {
+        Nudge(self.mailboxes())
+    }
+
+    fn mailboxes(&self) -> Vec<Arc<Mailbox<Command<D::Queue>>>> {
+        self.threads.iter().map(|thread| Arc::clone(&thread.mailbox)).collect()
     }
 
     /// Gives a ring to its worker. It must not be running.
@@ -183,8 +202,14 @@ impl<D: Device> Workers<D> {
     pub async fn stop_ring(&mut self, index: u16) -> Option<u16> {
         let stopped = self.ask_to_stop(index)?;
         let base = stopped.await.ok();
-        self.running[usize::from(index)] = false;
+        self.ended(index);
         base
+    }
+
+    fn ended(&mut self, index: u16) {
+        if std::mem::replace(&mut self.running[usize::from(index)], false) {
+            self.device.close_queue(index);
+        }
     }
 
     /// Takes all rings back, side by side.
@@ -195,7 +220,7 @@ impl<D: Device> Workers<D> {
             // A ring that a dropped call had asked to stop may be gone already.
             let _ = stopped.await;
         }
-        self.running.fill(false);
+        (0..).take(self.running.len()).for_each(|index| self.ended(index));
     }
 
     fn ask_to_stop(&self, index: u16) -> Option<oneshot::Receiver<u16>> {
@@ -263,9 +288,11 @@ fn spawn<D: Device>(
     let handle = std::thread::Builder::new().name(format!("worker-{number}")).spawn({
         let mailbox = Arc::clone(&mailbox);
         move || {
-            let files = device.files().iter().map(AsRawFd::as_raw_fd).collect();
+            let numbers =
+                |of: Vec<BorrowedFd<'_>>| of.iter().map(AsRawFd::as_raw_fd).collect::<Vec<_>>();
+            let channels = Channels::new(numbers(device.channels()));
             // The engine belongs to the thread that made it.
-            match engine.open(files) {
+            match engine.open(numbers(device.files()), channels) {
                 Ok(engine) => {
                     let _ = ready.send(Ok(()));
                     Worker::<D>::new(engine, device.queue_count(), mailbox, events, began).run();
@@ -452,6 +479,11 @@ impl<D: Device> Worker<D> {
                     ring.told_error(event.outcome(), &mut *self.engine)?;
                 }
             }
+            Subject::Channel { queue } => {
+                if let Some(ring) = &mut self.rings[usize::from(queue)] {
+                    ring.channel_ready();
+                }
+            }
             Subject::CalledOff { queue } => {
                 let missed = event.outcome() == Err(rustix::io::Errno::ALREADY);
                 if let (true, Some(ring)) = (missed, &mut self.rings[usize::from(queue)]) {
@@ -468,6 +500,12 @@ impl<D: Device> Worker<D> {
                 Command::Quit => return Ok(false),
                 Command::LimitsChanged => {
                     self.rings.iter_mut().flatten().for_each(ActiveRing::limits_changed);
+                    continue;
+                }
+                Command::Look => {
+                    for ring in self.rings.iter_mut().flatten() {
+                        ring.look_anew(&mut *self.engine)?;
+                    }
                     continue;
                 }
                 Command::Start(mut ring) => {
@@ -487,7 +525,7 @@ impl<D: Device> Worker<D> {
                     Command::SetCall { call, .. } => ring.set_call(call, &mut *self.engine)?,
                     Command::SetError { error, .. } => ring.set_error(error, &mut *self.engine)?,
                     Command::SetMemory { memory, settled, .. } => ring.set_memory(memory, settled),
-                    Command::Start(_) | Command::LimitsChanged | Command::Quit => {}
+                    Command::Start(_) | Command::LimitsChanged | Command::Look | Command::Quit => {}
                 }
             }
         }

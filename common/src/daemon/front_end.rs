@@ -69,6 +69,8 @@ pub(super) enum Refused {
     Kick { index: u16, source: NoEventfd },
     #[error("nothing may be written at {offset} of the configuration space")]
     Config { offset: u32 },
+    #[error("an MTU of {mtu_bytes} bytes cannot be had")]
+    Mtu { mtu_bytes: u64 },
     #[error("the back-end channel cannot be used")]
     Channel(#[source] std::io::Error),
 }
@@ -109,6 +111,7 @@ impl<'a, D: Device> FrontEnd<'a, D> {
             features: device.features(),
             queue_count: device.queue_count(),
             max_queue_size: device.max_queue_size(),
+            is_network: device.network().is_some(),
         });
         Ok(Self {
             connection: Connection::new(stream)?,
@@ -263,6 +266,16 @@ impl<'a, D: Device> FrontEnd<'a, D> {
             Action::WriteConfig { offset, data } => {
                 if !self.device.write_config(offset, &data) {
                     return Err(Refused::Config { offset });
+                }
+            }
+            Action::Announce(mac) => {
+                if let Some(network) = self.device.network() {
+                    network.announce(mac);
+                }
+            }
+            Action::SetMtu(mtu_bytes) => {
+                if !self.device.network().is_some_and(|network| network.set_mtu(mtu_bytes)) {
+                    return Err(Refused::Mtu { mtu_bytes });
                 }
             }
             Action::BackendChannel(socket) => {

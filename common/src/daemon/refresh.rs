@@ -42,7 +42,7 @@ struct Audience {
     reads_config: bool,
     /// It has a ring that runs.
     runs: bool,
-    /// The size has changed, which it is yet to be told.
+    /// The configuration space has changed, which it is yet to be told.
     untold: bool,
 }
 
@@ -133,6 +133,12 @@ impl<D: Device> Refresher<D> {
         complaint
     }
 
+    /// Has the front end look at the configuration space, for this reason.
+    pub(super) fn config_changed(&self, news: &str) {
+        let front_end = self.tell();
+        info!("{news}; front end: {front_end}");
+    }
+
     /// Has the front end look at the configuration space; what came of that.
     fn tell(&self) -> String {
         match self.front_end.borrow_mut().as_mut() {
@@ -178,7 +184,7 @@ impl<D: Device> Attendance<'_, D> {
         }
         let front_end = audience.tell();
         if !audience.untold {
-            info!("{} has grown before; front end: {front_end}", D::NAME);
+            info!("{} has changed before; front end: {front_end}", D::NAME);
         }
     }
 }

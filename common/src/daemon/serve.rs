@@ -25,10 +25,10 @@ use super::log::{self, RateLimit};
 use super::operator::Operator;
 use super::refresh::Refresher;
 use super::{DaemonOptions, notify};
-use crate::device::Device;
+use crate::device::{Device, Runtime};
 use crate::memory::sigbus;
-use crate::metrics::{Identity, Metrics};
-use crate::worker::{WorkerEvent, Workers};
+use crate::metrics::{Identity, Metrics, Vocabulary};
+use crate::worker::{Nudge, WorkerEvent, Workers};
 
 /// How long requests in flight may take to end after a termination signal. The service manager and
 /// the VMM wait for us (vhost-user, "Backend program conventions": "must end quickly").
@@ -86,7 +86,8 @@ fn start<D: Device, E: Error + 'static>(
     let device = Arc::new(open()?);
     let engine = aio::choose(options.aio)?;
     let identity = Identity { device: D::NAME, engine: engine.name() };
-    let metrics = Arc::new(Metrics::new(identity, D::KINDS, device.queue_count()));
+    let vocabulary = Vocabulary { kinds: D::KINDS, drops: D::DROPS };
+    let metrics = Arc::new(Metrics::new(identity, vocabulary, device.queue_count()));
     options.limit(&metrics.limits);
     let (workers, events) = Workers::start(Arc::clone(&device), engine, options.threads, &metrics)?;
     let sockets = claimed.listen()?;
@@ -94,6 +95,22 @@ fn start<D: Device, E: Error + 'static>(
     let refresher = Rc::new(Refresher::new(device));
     let daemon = Daemon { refresher, workers, events, metrics, gate };
     Ok(runtime.block_on(daemon.serve(sockets, signals))?)
+}
+
+/// What the device's own errands can have done.
+struct Errands<'a, D: Device> {
+    refresher: &'a Refresher<D>,
+    nudge: Nudge<D::Queue>,
+}
+
+impl<D: Device> Runtime for Errands<'_, D> {
+    fn config_changed(&self, news: &str) {
+        self.refresher.config_changed(news);
+    }
+
+    fn look(&self) {
+        self.nudge.look();
+    }
 }
 
 struct Daemon<D: Device> {
@@ -166,6 +183,7 @@ impl<D: Device> Daemon<D> {
                 None => std::future::pending().await,
             }
         };
+        let errands = Errands { refresher: &refresher, nudge: self.workers.nudge() };
         let front_ends = async {
             match vhost_user {
                 Endpoint::Listening(listener) => {
@@ -182,6 +200,7 @@ impl<D: Device> Daemon<D> {
             ended = front_ends => ended,
             never = operators => match never {},
             never = refresher.watch(refresh) => match never {},
+            never = refresher.device().errands(&errands) => match never {},
         }
     }
 

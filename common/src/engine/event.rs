@@ -65,6 +65,11 @@ pub(crate) enum Subject {
         /// The queue's place on its worker.
         queue: u16,
     },
+    /// A channel that a queue waits for is ready.
+    Channel {
+        /// The queue's place on its worker.
+        queue: u16,
+    },
     /// A watch or write of a queue was called off; its own last event comes separately.
     CalledOff {
         /// The queue's place on its worker.
@@ -82,6 +87,7 @@ impl Subject {
             Self::CalledOff { queue } => (3, queue, Token { slot: 0, step: 0 }),
             Self::Call { queue } => (4, queue, Token { slot: 0, step: 0 }),
             Self::Error { queue } => (5, queue, Token { slot: 0, step: 0 }),
+            Self::Channel { queue } => (6, queue, Token { slot: 0, step: 0 }),
         };
         kind << 48 | u64::from(queue) << 32 | u64::from(token.slot) << 16 | u64::from(token.step)
     }
@@ -93,6 +99,7 @@ impl Subject {
             | Self::Kick { queue }
             | Self::Call { queue }
             | Self::Error { queue }
+            | Self::Channel { queue }
             | Self::CalledOff { queue } => queue,
             Self::Mail => 0,
         }
@@ -108,7 +115,8 @@ impl Subject {
             2 => Self::Mail,
             3 => Self::CalledOff { queue },
             4 => Self::Call { queue },
-            _ => Self::Error { queue },
+            5 => Self::Error { queue },
+            _ => Self::Channel { queue },
         }
     }
 }
@@ -127,6 +135,7 @@ mod tests {
             Subject::CalledOff { queue: 9 },
             Subject::Call { queue: 10 },
             Subject::Error { queue: 11 },
+            Subject::Channel { queue: 12 },
         ] {
             assert_eq!(Subject::decode(subject.encode()), subject);
         }

@@ -10,7 +10,7 @@ use std::os::fd::RawFd;
 
 use super::threads::Threads;
 use super::uring::Uring;
-use super::{Engine, EngineError};
+use super::{Channels, Engine, EngineError};
 
 /// The engines that there are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,14 +39,18 @@ impl EngineKind {
     }
 
     /// Sets one up for the calling thread, the only one that may use it. Operations name `files` by
-    /// their place; these stay open for as long as the engine is there.
+    /// their place; these stay open for as long as the engine is there, and so do the `channels`' numbers.
     ///
     /// # Errors
     /// The host does not give what it needs.
-    pub(crate) fn open(self, files: Vec<RawFd>) -> Result<Box<dyn Engine>, EngineError> {
+    pub(crate) fn open(
+        self,
+        files: Vec<RawFd>,
+        channels: Channels,
+    ) -> Result<Box<dyn Engine>, EngineError> {
         Ok(match self {
-            Self::IoUring => Box::new(Uring::new(files)?),
-            Self::Threads => Box::new(Threads::new(files).map_err(EngineError::Threads)?),
+            Self::IoUring => Box::new(Uring::new(files, channels)?),
+            Self::Threads => Box::new(Threads::new(files, channels).map_err(EngineError::Threads)?),
         })
     }
 }

@@ -3,7 +3,8 @@
 //! Contract: a device names an [`Op`]; the engine runs it and gives back one [`Completion`] with
 //! the same [`Token`]. The buffers that an operation names stay mapped and unused by others until
 //! then: the virtqueue's slot sees to that. The [`Op`] enum is the whole system-call surface of
-//! every device's requests, so most of a sandbox's rules can be read off it. What workers and the main
+//! every device's requests, so most of a sandbox's rules can be read off it; what comes and goes through a
+//! channel (a tap, a socket) does so by `readv` and `writev` ([`ChannelIndex`]). What workers and the main
 //! thread do besides: a blocking eventfd is written by the worker (`worker/bell.rs`), and a disk measures
 //! itself and, on a thread of its own, syncs once after a switch of its cache.
 //!
@@ -12,6 +13,7 @@
 //! pool of threads, is for hosts that forbid io_uring. [`EngineKind`] names the two, and says which of
 //! them there can be.
 
+mod channel;
 mod event;
 mod kind;
 mod op;
@@ -23,6 +25,12 @@ mod uring;
 use std::io;
 use std::os::fd::OwnedFd;
 
+use rustix::io::Errno;
+
+use crate::memory::HostBuffer;
+
+pub(crate) use self::channel::Channels;
+pub use self::channel::{ChannelIndex, Readiness};
 pub(crate) use self::event::{Event, Subject, Wait};
 pub use self::kind::{EngineKind, Unavailable};
 pub use self::op::{Completion, FileIndex, Op, Token, Zeroing};
@@ -34,6 +42,30 @@ pub(crate) trait Engine {
     /// # Errors
     /// The kernel refused to take the submissions that were in the way.
     fn submit(&mut self, queue: u16, token: Token, op: Op<'_>) -> io::Result<()>;
+
+    /// Receives from a channel what is there, at once.
+    ///
+    /// # Errors
+    /// The kernel's: `AGAIN` where there is nothing.
+    fn receive(&mut self, channel: ChannelIndex, into: &[HostBuffer]) -> Result<usize, Errno>;
+
+    /// Sends over a channel what finds room, at once.
+    ///
+    /// # Errors
+    /// The kernel's: `AGAIN` where there is no room.
+    fn send_to(&mut self, channel: ChannelIndex, from: &[HostBuffer]) -> Result<usize, Errno>;
+
+    /// Waits for a channel on behalf of a queue, which waits for one at a time: one [`Event`] when it
+    /// is ready.
+    ///
+    /// # Errors
+    /// As for [`submit`](Self::submit).
+    fn await_channel(
+        &mut self,
+        queue: u16,
+        channel: ChannelIndex,
+        readiness: Readiness,
+    ) -> io::Result<()>;
 
     /// Watches a descriptor for being readable: an [`Event`] each time it becomes so, until one
     /// without `more`.

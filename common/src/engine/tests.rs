@@ -9,7 +9,10 @@ use std::time::{Duration, Instant};
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::io::Errno;
 
-use super::{Engine, EngineKind, Event, FileIndex, Op, Subject, Token, Wait, Zeroing};
+use super::{
+    ChannelIndex, Channels, Engine, EngineKind, Event, FileIndex, Op, Readiness, Subject, Token,
+    Wait, Zeroing,
+};
 use crate::memory::{FrontendAddress, GuestAddress, HostBuffer, MemoryMap, Region, RegionSpec};
 use crate::virtqueue::{Buffers, MAX_CHAIN_DESCRIPTORS};
 
@@ -98,7 +101,7 @@ fn bytes(file: &File) -> Vec<u8> {
 fn operations_do_what_they_say() {
     for kind in engines() {
         let file = tempfile::tempfile().unwrap();
-        let mut engine = kind.open(vec![file.as_raw_fd()]).unwrap();
+        let mut engine = kind.open(vec![file.as_raw_fd()], Channels::default()).unwrap();
         let (_map, memory) = guest(8);
         for (durable, offset) in [(false, 0), (true, 2 * PIECE as u64)] {
             let from = Buffers::new(&memory[1..3]);
@@ -127,7 +130,7 @@ fn every_kind_of_zeroing_leaves_zeros() {
         for zeroing in [Zeroing::Deallocate, Zeroing::Keep, Zeroing::Write] {
             let file = tempfile::tempfile().unwrap();
             file.write_all_at(&[0xee; 4 * PIECE], 0).unwrap();
-            let mut engine = kind.open(vec![file.as_raw_fd()]).unwrap();
+            let mut engine = kind.open(vec![file.as_raw_fd()], Channels::default()).unwrap();
             let (offset, len_bytes) = (PIECE as u64, 2 * PIECE as u64);
             let result = perform(&mut *engine, Op::Zero { file: FILE, offset, len_bytes, zeroing });
             if result == Err(Errno::OPNOTSUPP) {
@@ -145,7 +148,7 @@ fn every_kind_of_zeroing_leaves_zeros() {
 fn host_error_comes_back_with_its_operation() {
     for kind in engines() {
         let null = File::open("/dev/null").unwrap();
-        let mut engine = kind.open(vec![null.as_raw_fd()]).unwrap();
+        let mut engine = kind.open(vec![null.as_raw_fd()], Channels::default()).unwrap();
         let (_map, memory) = guest(1);
         let from = Buffers::new(&memory);
         let op = Op::Write { file: FILE, offset: 0, from, durable: false };
@@ -157,7 +160,7 @@ fn host_error_comes_back_with_its_operation() {
 fn longest_chain_goes_in_one_operation() {
     for kind in engines() {
         let file = tempfile::tempfile().unwrap();
-        let mut engine = kind.open(vec![file.as_raw_fd()]).unwrap();
+        let mut engine = kind.open(vec![file.as_raw_fd()], Channels::default()).unwrap();
         let (_map, memory) = guest(MAX_CHAIN_DESCRIPTORS);
         let from = Buffers::new(&memory);
         let op = Op::Write { file: FILE, offset: 0, from, durable: false };
@@ -172,7 +175,7 @@ fn longest_chain_goes_in_one_operation() {
 fn operation_ends_while_the_worker_looks() {
     for kind in engines() {
         let file = tempfile::tempfile().unwrap();
-        let mut engine = kind.open(vec![file.as_raw_fd()]).unwrap();
+        let mut engine = kind.open(vec![file.as_raw_fd()], Channels::default()).unwrap();
         for _ in 0..100 {
             engine.submit(0, Token { slot: 0, step: 0 }, Op::Sync { file: FILE }).unwrap();
             engine.send().unwrap();
@@ -191,7 +194,7 @@ fn operation_ends_while_the_worker_looks() {
 fn worker_that_falls_asleep_while_operations_end_is_woken() {
     for kind in engines() {
         let file = tempfile::tempfile().unwrap();
-        let mut engine = kind.open(vec![file.as_raw_fd()]).unwrap();
+        let mut engine = kind.open(vec![file.as_raw_fd()], Channels::default()).unwrap();
         for round in 0..5_000 {
             let count = 1 + round % 3;
             for step in 0..count {
@@ -206,7 +209,7 @@ fn worker_that_falls_asleep_while_operations_end_is_woken() {
 #[test]
 fn each_kick_is_seen_and_so_is_one_from_before_the_watch() {
     for kind in engines() {
-        let mut engine = kind.open(Vec::new()).unwrap();
+        let mut engine = kind.open(Vec::new(), Channels::default()).unwrap();
         let fd = event();
         kick(&fd);
         engine.watch(KICK, &fd).unwrap();
@@ -225,7 +228,7 @@ fn each_kick_is_seen_and_so_is_one_from_before_the_watch() {
 #[test]
 fn kick_wakes_a_sleeping_worker() {
     for kind in engines() {
-        let mut engine = kind.open(Vec::new()).unwrap();
+        let mut engine = kind.open(Vec::new(), Channels::default()).unwrap();
         let fd = event();
         engine.watch(KICK, &fd).unwrap();
         std::thread::scope(|scope| {
@@ -238,7 +241,7 @@ fn kick_wakes_a_sleeping_worker() {
 #[test]
 fn kick_is_seen_in_spite_of_other_news_in_every_turn() {
     for kind in engines() {
-        let mut engine = kind.open(Vec::new()).unwrap();
+        let mut engine = kind.open(Vec::new(), Channels::default()).unwrap();
         let fd = event();
         engine.watch(KICK, &fd).unwrap();
         kick(&fd);
@@ -255,7 +258,7 @@ fn kick_is_seen_in_spite_of_other_news_in_every_turn() {
 #[test]
 fn kick_is_seen_in_spite_of_looks_that_find_work_elsewhere() {
     for kind in engines() {
-        let mut engine = kind.open(Vec::new()).unwrap();
+        let mut engine = kind.open(Vec::new(), Channels::default()).unwrap();
         let fd = event();
         engine.watch(KICK, &fd).unwrap();
         engine.send().unwrap();
@@ -275,7 +278,7 @@ fn kick_is_seen_in_spite_of_looks_that_find_work_elsewhere() {
 #[test]
 fn watch_that_is_called_off_has_a_last_event() {
     for kind in engines() {
-        let mut engine = kind.open(Vec::new()).unwrap();
+        let mut engine = kind.open(Vec::new(), Channels::default()).unwrap();
         let fd = event();
         engine.watch(KICK, &fd).unwrap();
         engine.turn(Wait::No, &mut Vec::new()).unwrap();
@@ -298,7 +301,7 @@ fn watch_that_is_called_off_has_a_last_event() {
 #[test]
 fn what_was_never_watched_cannot_be_called_off() {
     for kind in engines() {
-        let mut engine = kind.open(Vec::new()).unwrap();
+        let mut engine = kind.open(Vec::new(), Channels::default()).unwrap();
         engine.call_off(KICK).unwrap();
         let ended = events(&mut *engine, 1)[0];
         assert_eq!(ended.subject, Subject::CalledOff { queue: 3 }, "{kind:?}");
@@ -309,9 +312,80 @@ fn what_was_never_watched_cannot_be_called_off() {
 #[test]
 fn wait_ends_in_time() {
     for kind in engines() {
-        let mut engine = kind.open(Vec::new()).unwrap();
+        let mut engine = kind.open(Vec::new(), Channels::default()).unwrap();
         let mut none = Vec::new();
         engine.turn(Wait::AtMost(Duration::from_micros(300)), &mut none).unwrap();
         assert!(none.is_empty(), "{kind:?}: {none:?}");
+    }
+}
+
+/// What can be received and sent over a pair of sockets that do not block.
+fn channel() -> (OwnedFd, OwnedFd) {
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap()
+}
+
+const CHANNEL: ChannelIndex = ChannelIndex(0);
+const READY: Subject = Subject::Channel { queue: 5 };
+
+#[test]
+fn channel_is_awaited_and_its_frames_are_scattered_and_gathered() {
+    for kind in engines() {
+        let (ours, theirs) = channel();
+        let channels = Channels::new(vec![ours.as_raw_fd()]);
+        let mut engine = kind.open(Vec::new(), channels).unwrap();
+        let (_map, buffers) = guest(4);
+        assert_eq!(engine.receive(CHANNEL, &buffers), Err(Errno::AGAIN));
+        engine.await_channel(5, CHANNEL, Readiness::Readable).unwrap();
+        let mut early = Vec::new();
+        engine.turn(Wait::No, &mut early).unwrap();
+        assert!(early.is_empty(), "{early:?}");
+        let frame = [7; PIECE + 3];
+        rustix::io::write(&theirs, &frame).unwrap();
+        let ready = events(&mut *engine, 1)[0];
+        assert!(ready.subject == READY && !ready.more, "{ready:?}");
+        assert_eq!(engine.receive(CHANNEL, &buffers[1..]), Ok(PIECE + 3));
+        let mut seen = [0; 4];
+        buffers[2].read(0, &mut seen);
+        assert_eq!(seen, [7, 7, 7, 2]);
+        assert_eq!(engine.send_to(CHANNEL, &[buffers[0], buffers[3]]), Ok(2 * PIECE));
+        let mut sent = [9; 3 * PIECE];
+        assert_eq!(rustix::io::read(&theirs, &mut sent), Ok(2 * PIECE));
+        assert_eq!((sent[0], sent[PIECE - 1], sent[PIECE], sent[2 * PIECE]), (0, 0, 3, 9));
+    }
+}
+
+#[test]
+fn channel_that_is_awaited_no_more_says_so() {
+    for kind in engines() {
+        let (ours, _theirs) = channel();
+        let mut engine = kind.open(Vec::new(), Channels::new(vec![ours.as_raw_fd()])).unwrap();
+        engine.await_channel(5, CHANNEL, Readiness::Readable).unwrap();
+        engine.turn(Wait::No, &mut Vec::new()).unwrap();
+        engine.call_off(READY).unwrap();
+        let ended = events(&mut *engine, 2);
+        let mut subjects: Vec<Subject> = ended.iter().map(|event| event.subject).collect();
+        subjects.sort_by_key(|subject| subject.encode());
+        assert_eq!(subjects, [Subject::CalledOff { queue: 5 }, READY]);
+    }
+}
+
+#[test]
+fn channel_that_was_opened_anew_can_be_awaited_under_its_number() {
+    for kind in engines() {
+        let (mut ours, theirs) = channel();
+        let mut engine = kind.open(Vec::new(), Channels::new(vec![ours.as_raw_fd()])).unwrap();
+        engine.await_channel(5, CHANNEL, Readiness::Readable).unwrap();
+        drop(theirs);
+        assert_eq!(events(&mut *engine, 1)[0].subject, READY);
+        let (others, their_end) = channel();
+        rustix::io::dup3(&others, &mut ours, rustix::io::DupFlags::CLOEXEC).unwrap();
+        let (_map, buffers) = guest(1);
+        assert_eq!(engine.receive(CHANNEL, &buffers), Err(Errno::AGAIN));
+        engine.await_channel(5, CHANNEL, Readiness::Readable).unwrap();
+        rustix::io::write(&their_end, &[1]).unwrap();
+        assert_eq!(events(&mut *engine, 1)[0].subject, READY);
+        assert_eq!(engine.receive(CHANNEL, &buffers), Ok(1));
     }
 }

@@ -12,9 +12,11 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
 use super::event::{Event, Subject, Wait};
 use super::op::{FileIndex, Op, Token, zeros};
-use super::{Engine, Unavailable};
+use super::{ChannelIndex, Channels, Engine, Readiness, Unavailable};
 use crate::memory::HostBuffer;
 use crate::virtqueue::{Buffers, MAX_CHAIN_DESCRIPTORS};
+use rustix::io::Errno;
+
 use io_uring::{IoUring, Probe, cqueue, opcode, squeue, types};
 
 /// Submissions of one turn; a turn with more makes one more system call.
@@ -50,6 +52,7 @@ pub(crate) struct Uring {
     /// Buffer lists of operations that the kernel has not consumed yet. Never grows past its
     /// capacity: the kernel has its address.
     arena: Vec<HostBuffer>,
+    channels: Channels,
 }
 
 impl Uring {
@@ -57,11 +60,12 @@ impl Uring {
     ///
     /// # Errors
     /// io_uring is disabled or missing.
-    pub(crate) fn new(files: Vec<RawFd>) -> Result<Self, Unavailable> {
+    pub(crate) fn new(files: Vec<RawFd>, channels: Channels) -> Result<Self, Unavailable> {
         let ring = set_up().map_err(Unavailable::from)?;
         // A file that cannot be registered is looked up at each operation instead.
         let registered = !files.is_empty() && ring.submitter().register_files(&files).is_ok();
-        Ok(Self { ring, files, registered, arena: Vec::with_capacity(ARENA_BUFFERS) })
+        let arena = Vec::with_capacity(ARENA_BUFFERS);
+        Ok(Self { ring, files, registered, arena, channels })
     }
 
     /// Tries whether this host has an io_uring that does all that is asked of it here.
@@ -69,7 +73,7 @@ impl Uring {
     /// # Errors
     /// It has not.
     pub(crate) fn probe() -> Result<(), Unavailable> {
-        let mut uring = Self::new(Vec::new())?;
+        let mut uring = Self::new(Vec::new(), Channels::default())?;
         // What a watch that goes on needs came with this mark of Linux 5.13.
         if !uring.ring.params().is_feature_resource_tagging() {
             return Err(Unavailable::Old);
@@ -198,6 +202,25 @@ impl Engine for Uring {
             },
         };
         self.push(Subject::Operation { queue, token }, entry)
+    }
+
+    fn receive(&mut self, channel: ChannelIndex, into: &[HostBuffer]) -> Result<usize, Errno> {
+        self.channels.receive(channel, into)
+    }
+
+    fn send_to(&mut self, channel: ChannelIndex, from: &[HostBuffer]) -> Result<usize, Errno> {
+        self.channels.send(channel, from)
+    }
+
+    fn await_channel(
+        &mut self,
+        queue: u16,
+        channel: ChannelIndex,
+        readiness: Readiness,
+    ) -> io::Result<()> {
+        let fd = types::Fd(self.channels.descriptor(channel));
+        let poll = opcode::PollAdd::new(fd, readiness.poll_bits()).build();
+        self.push(Subject::Channel { queue }, poll)
     }
 
     fn watch(&mut self, subject: Subject, fd: &OwnedFd) -> io::Result<()> {
@@ -343,7 +366,7 @@ mod tests {
 
     use super::{SUBMISSIONS, Uring};
     use crate::engine::tests::{PIECE, engines, guest};
-    use crate::engine::{Engine, EngineKind, FileIndex, Op, Token, Wait};
+    use crate::engine::{Channels, Engine, EngineKind, FileIndex, Op, Token, Wait};
     use crate::virtqueue::Buffers;
 
     const FILE: FileIndex = FileIndex(0);
@@ -354,7 +377,7 @@ mod tests {
             return;
         }
         let file = tempfile::tempfile().unwrap();
-        let mut engine = Uring::new(vec![file.as_raw_fd()]).unwrap();
+        let mut engine = Uring::new(vec![file.as_raw_fd()], Channels::default()).unwrap();
         let (_map, buffers) = guest(8);
         for step in 0..SUBMISSIONS as u16 {
             engine.submit(0, Token { slot: 0, step }, Op::Sync { file: FILE }).unwrap();

@@ -2,7 +2,7 @@
 //!
 //! A front end sends the guest's memory as file descriptors. [`Region`] maps one of them, [`MemoryMap`] is an immutable
 //! set of regions that translates addresses, [`HostBuffer`] is the result: a piece of a region, laid out as an iovec.
-//! A [`BounceBuffer`] stands in for guest memory that the kernel cannot take as it lies.
+//! [`OwnMemory`] stands in for guest memory that the kernel cannot take as it lies, or that the guest must not change.
 //!
 //! # Contract
 //! - **A buffer is valid while its region is mapped.** `HostBuffer` carries no lifetime, because the kernel and not a
@@ -21,16 +21,15 @@
 //! No IOMMU translation, no postcopy, no memory that is shared read-only, no device memory (only regular files, whose
 //! length can be checked). It does not decide when a map is replaced: that is the session's business.
 
-mod bounce;
 mod buffer;
 mod map;
+mod own;
 mod region;
 pub mod sigbus;
 
-pub(crate) use bounce::BounceBuffer;
-pub use bounce::{BOUNCE_ALIGNMENT, BOUNCE_BYTES};
 pub use buffer::HostBuffer;
 pub use map::{AccessError, FrontendAddress, GuestAddress, MemoryMap, RegionSpec};
+pub use own::{BOUNCE_ALIGNMENT, BOUNCE_BYTES, OwnMemory};
 pub use region::{MapError, Region};
 
 /// A memory file as a front end would share it, for tests: a memfd of `len_bytes`, without seals.

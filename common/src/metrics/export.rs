@@ -97,13 +97,6 @@ const QUEUE_COUNTERS: &[CounterDefinition<QueueMetrics>] = &[
         read: |queue| &queue.broken,
     },
     CounterDefinition {
-        family: "outboard_drops",
-        json_key: "drops",
-        unit: None,
-        help: "Work given up because there was no place for it.",
-        read: |queue| &queue.drops,
-    },
-    CounterDefinition {
         family: "outboard_bounced_requests",
         json_key: "bounced",
         unit: None,
@@ -150,6 +143,15 @@ const DAEMON_COUNTERS: &[CounterDefinition<DaemonMetrics>] = &[
     },
 ];
 
+/// Work given up, by reason.
+const DROPS: CounterDefinition<Counter> = CounterDefinition {
+    family: "outboard_drops",
+    json_key: "drops",
+    unit: None,
+    help: "Work given up, by reason.",
+    read: |count| count,
+};
+
 /// The limits of one unit.
 struct LimitDefinition {
     family: &'static str,
@@ -179,7 +181,7 @@ const QUANTILES: [(&str, u16); 5] =
 
 impl Metrics {
     /// All counters as the value of the `stats` reply: `{device, engine, daemon: {…}, limits: {…}, queues:
-    /// [{…, kinds: {name: {…}}}]}`, counts since the process started, latencies in nanoseconds.
+    /// [{…, drops: {reason: …}, kinds: {name: {…}}}]}`, counts since the process started, latencies in nanoseconds.
     pub fn to_json(&self) -> Value {
         let queues: Vec<Value> = self.queues.iter().map(|queue| self.queue_json(queue)).collect();
         json!({
@@ -192,7 +194,7 @@ impl Metrics {
     }
 
     fn queue_json(&self, queue: &QueueMetrics) -> Value {
-        let kinds = self.kind_names.iter().zip(&queue.kinds).map(|(name, kind)| {
+        let kinds = self.vocabulary.kinds.iter().zip(&queue.kinds).map(|(name, kind)| {
             let mut object = counters_json(KIND_COUNTERS, kind);
             let latency = (KIND_LATENCY.read)(kind).snapshot();
             object.insert(KIND_LATENCY.json_key.to_owned(), latency_json(&latency));
@@ -200,6 +202,9 @@ impl Metrics {
         });
         let kinds = Value::Object(kinds.collect());
         let mut object = counters_json(QUEUE_COUNTERS, queue);
+        let drops = self.vocabulary.drops.iter().zip(&queue.drops);
+        let drops = drops.map(|(reason, count)| ((*reason).to_owned(), Value::from(count.get())));
+        object.insert(DROPS.json_key.to_owned(), Value::Object(drops.collect()));
         object.insert("kinds".to_owned(), kinds);
         Value::Object(object)
     }
@@ -236,10 +241,16 @@ impl Metrics {
                 text.counter(definition, labels, queue);
             }
         }
+        text.counter_family(&DROPS);
+        for (labels, queue) in &queues {
+            for (reason, count) in self.vocabulary.drops.iter().zip(&queue.drops) {
+                text.counter(&DROPS, &format!("{labels},reason=\"{reason}\""), count);
+            }
+        }
         let kinds: Vec<(String, &KindMetrics)> = queues
             .iter()
             .flat_map(|(labels, queue)| {
-                let named = self.kind_names.iter().zip(&queue.kinds);
+                let named = self.vocabulary.kinds.iter().zip(&queue.kinds);
                 named.map(move |(name, kind)| (format!("{labels},kind=\"{name}\""), kind))
             })
             .collect();
@@ -334,16 +345,18 @@ mod tests {
 
     use serde_json::json;
 
-    use super::super::{Identity, Metrics};
-    use super::{DAEMON_COUNTERS, KIND_COUNTERS, KIND_LATENCY, LIMITS, QUEUE_COUNTERS};
+    use super::super::{Identity, Metrics, Vocabulary};
+    use super::{DAEMON_COUNTERS, DROPS, KIND_COUNTERS, KIND_LATENCY, LIMITS, QUEUE_COUNTERS};
     use crate::rate_limit::{Change, Unit};
 
     fn sample() -> Metrics {
-        let metrics =
-            Metrics::new(Identity { device: "block", engine: "threads" }, &["read", "write"], 2);
+        let vocabulary = Vocabulary { kinds: &["read", "write"], drops: &["runt", "giant"] };
+        let identity = Identity { device: "block", engine: "threads" };
+        let metrics = Metrics::new(identity, vocabulary, 2);
         metrics.daemon.sessions.add(3);
         metrics.queues[1].kicks.add(7);
         metrics.queues[1].broken.add(1);
+        metrics.queues[1].drops[1].add(5);
         let change = Change::parse("read=2000/50", Unit::Operations).expect("a limit");
         metrics.limits.change(Unit::Operations, &change);
         let write = &metrics.queues[1].kinds[1];
@@ -371,7 +384,7 @@ mod tests {
         let queue = &stats["queues"][1];
         assert_eq!(
             (&queue["kicks"], &queue["broken"], &queue["drops"]),
-            (&json!(7), &json!(1), &json!(0))
+            (&json!(7), &json!(1), &json!({ "runt": 0, "giant": 5 }))
         );
         let write = &queue["kinds"]["write"];
         assert_eq!(
@@ -399,6 +412,7 @@ mod tests {
             "# TYPE outboard_iops_limit gauge",
             "outboard_iops_limit{device=\"block\",direction=\"read\"} 2000",
             "outboard_throttled_requests_total{device=\"block\",queue=\"1\"} 0",
+            "outboard_drops_total{device=\"block\",queue=\"1\",reason=\"giant\"} 5",
             "# UNIT outboard_bytes bytes",
             "outboard_bytes_total{device=\"block\",queue=\"1\",kind=\"write\"} 8192",
             "# TYPE outboard_request_duration_seconds histogram",
@@ -445,7 +459,7 @@ mod tests {
             .map(|definition| definition.family)
             .chain(QUEUE_COUNTERS.iter().map(|definition| definition.family))
             .chain(KIND_COUNTERS.iter().map(|definition| definition.family))
-            .chain([KIND_LATENCY.family])
+            .chain([KIND_LATENCY.family, DROPS.family])
             .chain(LIMITS.iter().map(|definition| definition.family))
             .collect();
         assert_eq!(families.iter().collect::<HashSet<_>>().len(), families.len());

@@ -9,8 +9,8 @@
 //! The limits of rate are no counters, but are asked for in the same breath; they are told here too.
 //!
 //! This module is a leaf: it knows no queue, no session and no socket. It deliberately has no
-//! registry that a device could add metrics of its own to; a device names its request kinds, and
-//! that has been enough.
+//! registry that a device could add metrics of its own to; a device names its kinds of request and its
+//! reasons to drop one ([`Vocabulary`]), and that has been enough.
 
 mod counter;
 mod export;
@@ -54,8 +54,9 @@ pub struct QueueMetrics {
     pub dropped_calls: Counter,
     /// Times that the ring was marked broken.
     pub broken: Counter,
-    /// Work given up because there was no place for it (a frame without a receive buffer).
-    pub drops: Counter,
+    /// Work given up (a frame without a receive buffer), one entry per reason, in the order of the
+    /// reasons given to [`Metrics::new`].
+    pub drops: Box<[Counter]>,
     /// Requests whose data made a detour through a bounce buffer.
     pub bounced: Counter,
     /// Requests that had to wait because they were over a limit.
@@ -63,14 +64,14 @@ pub struct QueueMetrics {
 }
 
 impl QueueMetrics {
-    fn new(kind_count: usize) -> Self {
+    fn new(vocabulary: Vocabulary) -> Self {
         Self {
-            kinds: (0..kind_count).map(|_| KindMetrics::default()).collect(),
+            kinds: vocabulary.kinds.iter().map(|_| KindMetrics::default()).collect(),
             kicks: Counter::new(),
             calls: Counter::new(),
             dropped_calls: Counter::new(),
             broken: Counter::new(),
-            drops: Counter::new(),
+            drops: vocabulary.drops.iter().map(|_| Counter::new()).collect(),
             bounced: Counter::new(),
             throttled: Counter::new(),
         }
@@ -100,12 +101,21 @@ pub struct Identity {
     pub engine: &'static str,
 }
 
+/// What a device calls what is counted; plain words.
+#[derive(Clone, Copy, Debug)]
+pub struct Vocabulary {
+    /// Its kinds of request.
+    pub kinds: &'static [&'static str],
+    /// Its reasons to give work up.
+    pub drops: &'static [&'static str],
+}
+
 /// All counters of a daemon, and the limits that are shown beside them.
 #[derive(Debug)]
 pub struct Metrics {
     /// Whose counters they are.
     pub identity: Identity,
-    kind_names: &'static [&'static str],
+    vocabulary: Vocabulary,
     /// The daemon's own counters.
     pub daemon: DaemonMetrics,
     /// One entry per queue, by queue index.
@@ -115,9 +125,8 @@ pub struct Metrics {
 }
 
 impl Metrics {
-    /// Counters at zero, and no limits, for a device with `queue_count` queues and the given request
-    /// kinds, whose names must be plain words as well.
-    pub fn new(identity: Identity, kind_names: &'static [&'static str], queue_count: u16) -> Self {
+    /// Counters at zero, and no limits, for a device with `queue_count` queues.
+    pub fn new(identity: Identity, vocabulary: Vocabulary, queue_count: u16) -> Self {
         let plain = |name: &&str| {
             !name.is_empty()
                 && name
@@ -125,19 +134,20 @@ impl Metrics {
                     .all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'-'))
         };
         assert!(
-            plain(&identity.device) && plain(&identity.engine) && kind_names.iter().all(plain),
-            "names of device, engine and kinds are plain words"
+            plain(&identity.device)
+                && plain(&identity.engine)
+                && vocabulary.kinds.iter().chain(vocabulary.drops).all(plain),
+            "names of device, engine, kinds and reasons are plain words"
         );
-        let queues =
-            (0..queue_count).map(|_| Arc::new(QueueMetrics::new(kind_names.len()))).collect();
+        let queues = (0..queue_count).map(|_| Arc::new(QueueMetrics::new(vocabulary))).collect();
         let (daemon, limits) = (DaemonMetrics::default(), Arc::default());
-        Self { identity, kind_names, daemon, queues, limits }
+        Self { identity, vocabulary, daemon, queues, limits }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::{Identity, KindMetrics, Metrics, QueueMetrics};
+    use super::{Identity, KindMetrics, Metrics, QueueMetrics, Vocabulary};
 
     #[test]
     fn queues_and_kinds_do_not_share_cache_lines() {
@@ -147,9 +157,11 @@ mod tests {
 
     #[test]
     fn each_queue_has_every_kind() {
-        let metrics =
-            Metrics::new(Identity { device: "block", engine: "threads" }, &["read", "write"], 3);
+        let vocabulary = Vocabulary { kinds: &["read", "write"], drops: &["runt"] };
+        let identity = Identity { device: "block", engine: "threads" };
+        let metrics = Metrics::new(identity, vocabulary, 3);
         assert_eq!(metrics.queues.len(), 3);
         assert!(metrics.queues.iter().all(|queue| queue.kinds.len() == 2));
+        assert!(metrics.queues.iter().all(|queue| queue.drops.len() == 1));
     }
 }

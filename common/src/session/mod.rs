@@ -56,6 +56,9 @@ const PROTOCOL_FEATURES: u64 = ProtocolFeatures::MQ.bits()
     | ProtocolFeatures::RESET_DEVICE.bits()
     | ProtocolFeatures::CONFIGURE_MEM_SLOTS.bits();
 
+/// What is offered for a network device besides.
+const NETWORK_FEATURES: u64 = ProtocolFeatures::RARP.bits() | ProtocolFeatures::MTU.bits();
+
 /// What the device brings to a session.
 #[derive(Clone, Copy, Debug)]
 pub struct Offer {
@@ -65,6 +68,8 @@ pub struct Offer {
     pub queue_count: u16,
     /// The largest size of one.
     pub max_queue_size: u16,
+    /// It is a network device: what vhost-user has for these alone is offered.
+    pub is_network: bool,
 }
 
 /// A region of guest memory and the file that it is in.
@@ -113,6 +118,10 @@ pub enum Action {
     },
     /// Speak to the front end over this socket.
     BackendChannel(OwnedFd),
+    /// Announce a guest with this MAC address on the network.
+    Announce([u8; 6]),
+    /// The guest is to have this MTU, in bytes.
+    SetMtu(u64),
 }
 
 /// Why a message may not be.
@@ -208,7 +217,7 @@ impl Session {
     fn handle_empty(&mut self, request: Request, fds: Vec<OwnedFd>) -> Result<Action, Fault> {
         Ok(match request {
             Request::GetFeatures => Action::Answer(self.offered_features()),
-            Request::GetProtocolFeatures => Action::Answer(PROTOCOL_FEATURES),
+            Request::GetProtocolFeatures => Action::Answer(self.offered_protocol_features()),
             Request::GetQueueNum => Action::Answer(u64::from(self.offer.queue_count)),
             Request::GetMaxMemSlots => Action::Answer(MAX_MEMORY_SLOTS as u64),
             Request::SetOwner => Action::Done,
@@ -250,13 +259,19 @@ impl Session {
                 Ok(Action::Rings)
             }
             Request::SetProtocolFeatures => {
-                let extra = value & !PROTOCOL_FEATURES;
+                let extra = value & !self.offered_protocol_features();
                 if extra != 0 {
                     return Err(Fault::ProtocolFeatures { extra });
                 }
                 self.protocol_features = ProtocolFeatures::from_bits(value);
                 Ok(Action::Done)
             }
+            // vhost-user, "VHOST_USER_SEND_RARP": the address is in the lower 6 bytes, its first one lowest.
+            Request::SendRarp => {
+                let [a, b, c, d, e, f, ..] = value.to_le_bytes();
+                Ok(Action::Announce([a, b, c, d, e, f]))
+            }
+            Request::NetSetMtu => Ok(Action::SetMtu(value)),
             _ => Err(Fault::Payload { request }),
         }
     }
@@ -333,6 +348,11 @@ impl Session {
             return Err(Fault::NoSuchRegion { spec });
         }
         Ok(Action::Memory(self.memory.iter().filter(|slot| !same(slot)).cloned().collect()))
+    }
+
+    fn offered_protocol_features(&self) -> u64 {
+        let own = if self.offer.is_network { NETWORK_FEATURES } else { 0 };
+        PROTOCOL_FEATURES | own
     }
 
     fn offered_features(&self) -> u64 {

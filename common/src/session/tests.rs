@@ -8,7 +8,8 @@ use crate::memory::{FrontendAddress, GuestAddress, RegionSpec, guest_file};
 use crate::protocol::{Message, Payload, ProtocolFeatures, Request};
 use crate::virtqueue::VIRTIO_F_VERSION_1;
 
-const OFFER: Offer = Offer { features: 1 << 9, queue_count: 2, max_queue_size: 256 };
+const OFFER: Offer =
+    Offer { features: 1 << 9, queue_count: 2, max_queue_size: 256, is_network: false };
 
 fn session() -> Session {
     Session::new(OFFER)

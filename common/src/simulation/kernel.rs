@@ -13,8 +13,11 @@ use std::rc::Rc;
 
 use rustix::io::Errno;
 
+use super::channels::Channels;
 use super::random::Random;
-use crate::engine::{Engine, Event, FileIndex, Op, Subject, Token, Wait, Zeroing};
+use crate::engine::{
+    ChannelIndex, Engine, Event, FileIndex, Op, Readiness, Subject, Token, Wait, Zeroing,
+};
 use crate::memory::HostBuffer;
 
 /// What an operation is to do.
@@ -110,6 +113,7 @@ struct State {
     calls: BTreeMap<u16, u64>,
     /// By queue: times that its error was told.
     errors: BTreeMap<u16, u64>,
+    channels: Channels,
 }
 
 /// A kick descriptor.
@@ -135,6 +139,7 @@ impl Kernel {
             kicks: BTreeMap::new(),
             calls: BTreeMap::new(),
             errors: BTreeMap::new(),
+            channels: Channels::default(),
         }));
         (Self { state: Rc::clone(&state) }, SimulatedEngine { state })
     }
@@ -184,6 +189,32 @@ impl Kernel {
         }
     }
 
+    /// A frame comes in over a channel.
+    pub fn deliver(&self, channel: ChannelIndex, frame: Vec<u8>) {
+        let mut state = self.state.borrow_mut();
+        state.channels.deliver(channel, frame);
+        state.tell_of_channels();
+    }
+
+    /// The frames that were sent over a channel since this was asked the last time.
+    pub fn take_sent(&self, channel: ChannelIndex) -> Vec<Vec<u8>> {
+        self.state.borrow_mut().channels.take_sent(channel)
+    }
+
+    /// From now on so many frames find room in a channel; `None`: any number.
+    pub fn set_room(&self, channel: ChannelIndex, room: Option<usize>) {
+        let mut state = self.state.borrow_mut();
+        state.channels.set_room(channel, room);
+        state.tell_of_channels();
+    }
+
+    /// From now on every transfer over a channel fails so; `None`: none does.
+    pub fn set_fault(&self, channel: ChannelIndex, fault: Option<Errno>) {
+        let mut state = self.state.borrow_mut();
+        state.channels.set_fault(channel, fault);
+        state.tell_of_channels();
+    }
+
     /// A queue gets another kick descriptor.
     pub(super) fn replace_kick(&self, queue: u16) {
         self.state.borrow_mut().kicks.insert(queue, Watch::default());
@@ -198,6 +229,13 @@ impl Kernel {
 impl State {
     fn arrive(&mut self, subject: Subject, result: i32, more: bool) {
         self.arrived.push(Event { subject, result, more });
+    }
+
+    /// Tells those whose channel is ready.
+    fn tell_of_channels(&mut self) {
+        while let Some(queue) = self.channels.next_ready() {
+            self.arrive(Subject::Channel { queue }, libc::POLLIN.into(), false);
+        }
     }
 
     /// A watch fires; now and then for the last time, as it does when the kernel is out of room.
@@ -226,6 +264,26 @@ impl Engine for SimulatedEngine {
         state.submitted += 1;
         let Token { slot, step } = token;
         state.held.insert(number, Operation { number, queue, slot, file, work, step, buffers });
+        Ok(())
+    }
+
+    fn receive(&mut self, channel: ChannelIndex, into: &[HostBuffer]) -> Result<usize, Errno> {
+        self.state.borrow_mut().channels.receive(channel, into)
+    }
+
+    fn send_to(&mut self, channel: ChannelIndex, from: &[HostBuffer]) -> Result<usize, Errno> {
+        self.state.borrow_mut().channels.send(channel, from)
+    }
+
+    fn await_channel(
+        &mut self,
+        queue: u16,
+        channel: ChannelIndex,
+        readiness: Readiness,
+    ) -> io::Result<()> {
+        let mut state = self.state.borrow_mut();
+        state.channels.wait(queue, channel, readiness);
+        state.tell_of_channels();
         Ok(())
     }
 
@@ -259,7 +317,13 @@ impl Engine for SimulatedEngine {
         let watched = matches!(what, Subject::Kick { .. })
             && state.kicks.get(&queue).is_some_and(|watch| watch.watched);
         let told = Subject::CalledOff { queue };
-        if !watched {
+        if matches!(what, Subject::Channel { .. }) {
+            let found = state.channels.call_off(queue);
+            if found {
+                state.arrive(what, -libc::ECANCELED, false);
+            }
+            state.arrive(told, if found { 0 } else { -libc::ENOENT }, false);
+        } else if !watched {
             state.arrive(told, -libc::ENOENT, false);
         } else if state.random.once_in(4) {
             // It was just firing.

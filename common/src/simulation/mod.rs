@@ -10,6 +10,7 @@
 //! For tests only (feature `simulation`): no daemon needs it. Nothing here is foreign input, so what a test has got wrong is
 //! a panic, which fails the test; each function says when.
 
+mod channels;
 mod driver;
 mod guest;
 mod kernel;

@@ -14,7 +14,7 @@
 use std::sync::Arc;
 
 use super::chain::Extent;
-use crate::memory::{BounceBuffer, HostBuffer, MemoryMap};
+use crate::memory::{BOUNCE_BYTES, HostBuffer, MemoryMap, OwnMemory};
 
 /// Bounce buffers of a ring: 2 MiB, and as many requests at a time. More would hide from nobody
 /// that misaligned requests are slow, and a guest could have us hold more memory.
@@ -30,21 +30,21 @@ pub(super) struct Slot {
     pub(super) buffers: Vec<HostBuffer>,
     readable: usize,
     out: Option<Out>,
-    bounce: Option<BounceBuffer>,
+    bounce: Option<OwnMemory>,
 }
 
 /// The ring's bounce buffers: made when they are first wanted, and kept.
 #[derive(Default)]
 struct Bounces {
-    free: Vec<BounceBuffer>,
+    free: Vec<OwnMemory>,
     made: usize,
 }
 
 impl Bounces {
-    fn take(&mut self) -> Option<BounceBuffer> {
+    fn take(&mut self) -> Option<OwnMemory> {
         if self.free.is_empty() && self.made < BOUNCE_BUFFERS_MAX {
             self.made += 1;
-            return Some(BounceBuffer::new());
+            return Some(OwnMemory::new(BOUNCE_BYTES));
         }
         self.free.pop()
     }
@@ -167,7 +167,7 @@ impl Slots {
 
     /// The chain's bounce buffer, or no buffer.
     pub(super) fn bounce(&self, head: u16) -> &[HostBuffer] {
-        self.slots[usize::from(head)].bounce.as_ref().map_or(&[], BounceBuffer::bytes)
+        self.slots[usize::from(head)].bounce.as_ref().map_or(&[], OwnMemory::list)
     }
 
     /// Makes `map` current; chains that are out keep theirs.

@@ -135,7 +135,7 @@ mod tests {
 
     use super::{Bell, Rung};
     use crate::engine::tests::engines;
-    use crate::engine::{Engine, EngineKind, Event, Subject, Wait};
+    use crate::engine::{Channels, Engine, EngineKind, Event, Subject, Wait};
 
     const SUBJECT: Subject = Subject::Call { queue: 0 };
 
@@ -153,7 +153,10 @@ mod tests {
     }
 
     fn bell(fd: OwnedFd, kind: EngineKind) -> (Bell, Box<dyn Engine>) {
-        (Bell::new(SUBJECT, Some(Arc::new(fd))), kind.open(Vec::new()).unwrap())
+        (
+            Bell::new(SUBJECT, Some(Arc::new(fd))),
+            kind.open(Vec::new(), Channels::default()).unwrap(),
+        )
     }
 
     /// Longer than any write takes: a test that waits that long has failed.

@@ -18,7 +18,7 @@ use super::{Command, EVENT_BACKLOG, RingStart, Worker, WorkerEvent};
 use crate::device::Device;
 use crate::engine::{Engine, Event, Subject, Wait};
 use crate::memory::MemoryMap;
-use crate::metrics::{Identity, Metrics};
+use crate::metrics::{Identity, Metrics, Vocabulary};
 
 /// What a worker does after a turn.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,7 +46,8 @@ impl<D: Device> ManualWorker<D> {
         let mut worker = Worker::new(engine, device.queue_count(), mailbox, events, Instant::now());
         worker.engine.watch(Subject::Mail, worker.mailbox.bell())?;
         let identity = Identity { device: D::NAME, engine: "simulated" };
-        let metrics = Metrics::new(identity, D::KINDS, device.queue_count());
+        let vocabulary = Vocabulary { kinds: D::KINDS, drops: D::DROPS };
+        let metrics = Metrics::new(identity, vocabulary, device.queue_count());
         Ok(Self { worker, device, metrics, told, arrived: Vec::new() })
     }
 

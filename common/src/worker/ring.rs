@@ -135,6 +135,25 @@ impl<Q: DeviceQueue> ActiveRing<Q> {
         self.index
     }
 
+    /// The channel that the queue waited for is ready, or is waited for no more.
+    pub(super) fn channel_ready(&mut self) {
+        self.turn.awaits_channel = false;
+        self.runnable |= self.stopped.is_none() && !self.is_throttled();
+    }
+
+    /// Looks at the ring and at the channel, which may be another one by now.
+    pub(super) fn look_anew(&mut self, engine: &mut dyn Engine) -> std::io::Result<()> {
+        if self.stopped.is_none() {
+            self.look();
+        }
+        self.forget_channel(engine)
+    }
+
+    fn forget_channel(&self, engine: &mut dyn Engine) -> std::io::Result<()> {
+        let what = Subject::Channel { queue: self.index };
+        if self.turn.awaits_channel { engine.call_off(what) } else { Ok(()) }
+    }
+
     /// Whether the ring has no kick and must be looked at from time to time.
     pub(super) fn is_polled(&self) -> bool {
         matches!(self.kick, Kick::Polled) && self.stopped.is_none() && !self.is_throttled()
@@ -329,6 +348,7 @@ impl<Q: DeviceQueue> ActiveRing<Q> {
         if let Err(fault) = self.ring.request_kick() {
             self.break_off(fault);
         }
+        self.forget_channel(engine)?;
         self.unwatch(engine)
     }
 
@@ -353,7 +373,8 @@ impl<Q: DeviceQueue> ActiveRing<Q> {
 
     /// Whether the kernel holds nothing of the ring's descriptors.
     pub(super) fn is_let_go(&self) -> bool {
-        !self.watched && self.call.is_idle() && self.error.is_idle()
+        let awaits_nothing = !self.watched && !self.turn.awaits_channel;
+        awaits_nothing && self.call.is_idle() && self.error.is_idle()
     }
 
     /// Gives the base to whoever asked for the stop.

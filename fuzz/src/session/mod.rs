@@ -16,7 +16,12 @@ use self::model::Model;
 use crate::script::Script;
 
 const RINGS: u16 = 3;
-const OFFER: Offer = Offer { features: 1 << 9 | 1 << 12, queue_count: RINGS, max_queue_size: 256 };
+const OFFER: Offer = Offer {
+    features: 1 << 9 | 1 << 12,
+    queue_count: RINGS,
+    max_queue_size: 256,
+    is_network: false,
+};
 
 /// Steps of one input: what a longer one would reach, this many do.
 const STEPS_MAX: usize = 64;

@@ -33,7 +33,8 @@ use rustix::io::Errno;
 use self::completions::Completions;
 use self::job::Job;
 use self::pool::{Limits, Pool};
-use super::{Engine, Event, Op, Subject, Token, Wait};
+use super::{ChannelIndex, Channels, Engine, Event, Op, Readiness, Subject, Token, Wait};
+use crate::memory::HostBuffer;
 
 /// Threads of a worker's pool. A disk that takes its time is kept busy by them; a fast one has its
 /// data in the page cache, where even one thread is enough.
@@ -61,6 +62,9 @@ pub(crate) struct Threads {
     watched: Vec<Entry>,
     /// Calls that wait for room.
     unwritten: Vec<Entry>,
+    channels: Channels,
+    /// Channels that are waited for.
+    awaited: Vec<Entry>,
     /// Turns since the last look at epoll.
     unseen: u32,
     found: Vec<epoll::Event>,
@@ -86,7 +90,7 @@ impl Threads {
     ///
     /// # Errors
     /// No descriptors or threads are left.
-    pub(crate) fn new(files: Vec<RawFd>) -> io::Result<Self> {
+    pub(crate) fn new(files: Vec<RawFd>, channels: Channels) -> io::Result<Self> {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         let completions = Arc::new(Completions::new()?);
         let edges = EventFlags::IN | EventFlags::ET;
@@ -105,6 +109,8 @@ impl Threads {
             news: Vec::new(),
             watched: Vec::new(),
             unwritten: Vec::new(),
+            channels,
+            awaited: Vec::new(),
             unseen: 0,
             found: Vec::with_capacity(FOUND_MAX),
         })
@@ -120,12 +126,15 @@ impl Threads {
     fn forget(&mut self, subject: Subject) -> Option<()> {
         let list = match subject {
             Subject::Kick { .. } | Subject::Mail => &mut self.watched,
+            Subject::Channel { .. } => &mut self.awaited,
             _ => &mut self.unwritten,
         };
         let place = list.iter().position(|entry| entry.subject == subject)?;
         let entry = list.swap_remove(place);
         let gone = epoll::delete(&self.epoll, entry.fd());
-        assert!(gone.is_ok(), "a descriptor in the epoll set is open: {gone:?}");
+        // A channel that was opened anew meanwhile has left the set with its old self.
+        let replaced = matches!(subject, Subject::Channel { .. }) && gone == Err(Errno::NOENT);
+        assert!(gone.is_ok() || replaced, "a descriptor in the epoll set is open: {gone:?}");
         Some(())
     }
 
@@ -198,6 +207,12 @@ impl Threads {
                 subject @ (Subject::Kick { .. } | Subject::Mail) => {
                     events.push(Event { subject, result: flags.bits() as i32, more: true });
                 }
+                subject @ Subject::Channel { .. } => {
+                    // One that was called off while it fired has had its event.
+                    if self.forget(subject).is_some() {
+                        events.push(Event { subject, result: flags.bits() as i32, more: false });
+                    }
+                }
                 subject => self.write_again(subject)?,
             }
         }
@@ -209,6 +224,34 @@ impl Threads {
 impl Engine for Threads {
     fn submit(&mut self, queue: u16, token: Token, op: Op<'_>) -> io::Result<()> {
         self.outbox.push(Job::new(Subject::Operation { queue, token }, op, &self.files));
+        Ok(())
+    }
+
+    fn receive(&mut self, channel: ChannelIndex, into: &[HostBuffer]) -> Result<usize, Errno> {
+        self.channels.receive(channel, into)
+    }
+
+    fn send_to(&mut self, channel: ChannelIndex, from: &[HostBuffer]) -> Result<usize, Errno> {
+        self.channels.send(channel, from)
+    }
+
+    fn await_channel(
+        &mut self,
+        queue: u16,
+        channel: ChannelIndex,
+        readiness: Readiness,
+    ) -> io::Result<()> {
+        let subject = Subject::Channel { queue };
+        let entry = Entry { subject, fd: self.channels.descriptor(channel) };
+        let data = EventData::new_u64(subject.encode());
+        let wanted = match readiness {
+            Readiness::Readable => EventFlags::IN,
+            Readiness::Writable => EventFlags::OUT,
+        };
+        match epoll::add(&self.epoll, entry.fd(), data, wanted | EventFlags::ONESHOT) {
+            Ok(()) => self.awaited.push(entry),
+            Err(error) => self.tell(subject, Err(error)),
+        }
         Ok(())
     }
 
