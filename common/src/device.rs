@@ -57,7 +57,7 @@ use rustix::io::Errno;
 use crate::engine::{ChannelIndex, Completion, Engine, Op, Readiness, Token};
 use crate::memory::HostBuffer;
 use crate::metrics::QueueMetrics;
-use crate::rate_limit::{Cost, Direction, Place, RateLimits};
+use crate::rate_limit::{Cost, Direction, Place, RateLimits, Topic};
 use crate::virtqueue::{Buffers, Chain, RingError, Virtqueue};
 
 /// Chains that a ring may pop in one turn of its worker's loop, so that no ring starves another.
@@ -73,6 +73,8 @@ pub trait Device: Send + Sync + 'static {
     const KINDS: &'static [&'static str];
     /// Why it gives work up; [`QueueIo::give_up`] takes an index into it.
     const DROPS: &'static [&'static str] = &[];
+    /// What its limits of rate are about.
+    const LIMITS: &'static [Topic] = &[];
 
     /// Number of virtqueues.
     fn queue_count(&self) -> u16;
@@ -101,6 +103,8 @@ pub trait Device: Send + Sync + 'static {
     fn refresh_interval(&self) -> Option<Duration> {
         None
     }
+    /// A front end has connected: it is another guest's, unless it says otherwise.
+    fn new_session(&self) {}
     /// The files that operations name by their place here.
     fn files(&self) -> Vec<BorrowedFd<'_>>;
     /// The channels that queues receive and send through, named by their place here. They do not block.
@@ -405,6 +409,11 @@ impl QueueIo<'_> {
         kind.bytes.add(account.bytes);
         kind.errors.add(u64::from(account.failed));
         kind.latency.record(self.state.now_ns.saturating_sub(popped_ns));
+    }
+
+    /// Ends a chain that carries more of what another one was counted for.
+    pub fn finish_more(&mut self, chain: Chain, written_bytes: u32) {
+        self.ring.used(chain, written_bytes);
     }
 
     /// Ends a chain that has no room for an answer: the driver broke the device's rules, and the

@@ -24,7 +24,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use self::bucket::Bucket;
 pub use self::bucket::TOLERANCE_NS;
-pub use self::spec::{Change, Limit, SpecError, Unit};
+pub(crate) use self::spec::Term;
+pub use self::spec::{Change, Limit, SpecError, Topic, Unit};
 
 /// The parts in which the clock is counted: requests that are due every few nanoseconds must not
 /// come at a rate that is off by the rounding.
@@ -48,20 +49,6 @@ pub enum Scope {
     ToDriver,
     /// [`Direction::FromDriver`].
     FromDriver,
-}
-
-impl Scope {
-    /// All of them, in the order in which they are told.
-    pub const ALL: [Self; SCOPES] = [Self::Total, Self::ToDriver, Self::FromDriver];
-
-    /// As options, commands and metrics call it.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Total => "total",
-            Self::ToDriver => "read",
-            Self::FromDriver => "write",
-        }
-    }
 }
 
 const SCOPES: usize = 3;
@@ -164,13 +151,15 @@ impl RateLimits {
 
     /// Changes what the change names, from the next request on and without regard to what has been
     /// used before. Requests that wait are to ask again. To be called from one thread at a time.
-    pub fn change(&self, unit: Unit, change: &Change) {
+    pub fn change(&self, change: &Change) {
         let number = self.changes.load(Ordering::Relaxed) + 1;
         let mut is_change = false;
-        for (bucket, wanted) in self.buckets(unit).iter().zip(change.wanted()) {
-            if let Some(limit) = wanted.filter(|limit| *limit != bucket.limit()) {
-                bucket.set(limit, number);
-                is_change = true;
+        for unit in Unit::ALL {
+            for (bucket, wanted) in self.buckets(unit).iter().zip(change.wanted(unit)) {
+                if let Some(limit) = wanted.filter(|limit| *limit != bucket.limit()) {
+                    bucket.set(limit, number);
+                    is_change = true;
+                }
             }
         }
         if is_change {

@@ -29,7 +29,7 @@ use crate::device::{Device, HostFault};
 use crate::engine::{Channels, Completion, Engine, EngineError, EngineKind, Event, Subject, Wait};
 use crate::memory::MemoryMap;
 use crate::metrics::{Metrics, QueueMetrics};
-use crate::rate_limit::{Change, RateLimits, Unit};
+use crate::rate_limit::{Change, RateLimits};
 use crate::virtqueue::{RingError, Virtqueue};
 
 /// The longest sleep between two looks at a ring that has no kick.
@@ -109,16 +109,9 @@ pub struct Throttle<Q> {
 
 impl<Q> Throttle<Q> {
     /// Changes limits at once, also for requests that wait. From one thread at a time.
-    pub fn change(&self, changes: &[(Unit, Change)]) {
-        for (unit, change) in changes {
-            self.limits.change(*unit, change);
-        }
+    pub fn change(&self, change: &Change) {
+        self.limits.change(change);
         self.mailboxes.iter().for_each(|mailbox| mailbox.send(Command::LimitsChanged));
-    }
-
-    /// The limits.
-    pub fn limits(&self) -> &RateLimits {
-        &self.limits
     }
 }
 

@@ -7,7 +7,7 @@ use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
 use std::rc::Rc;
 
 use common::daemon::control::{Answers, Command, Reply, serve};
-use common::rate_limit::{Change, Unit};
+use common::rate_limit::{Change, Topic};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::runtime::Runtime;
@@ -24,14 +24,16 @@ struct Echo;
 
 impl Answers for Echo {
     fn command(&self, command: Command) -> Reply {
-        let Command::Limit { iops, bps } = &command else {
+        let Command::Limit(named) = &command else {
             return Ok(json!(format!("{command:?}")));
         };
-        let parse = |text: &Option<String>, unit| {
-            text.as_ref().map(|text| Change::parse(text, unit)).transpose()
-        };
-        let limits = parse(iops, Unit::Operations).and_then(|_| parse(bps, Unit::Bytes));
-        limits.map(|limits| json!(format!("{limits:?}"))).map_err(|error| error.to_string())
+        let topics = [Topic::Iops, Topic::Bps, Topic::Rx, Topic::Tx];
+        let limits = named.iter().map(|(name, text)| {
+            let topic = topics.iter().find(|topic| topic.name() == name);
+            let topic = topic.ok_or_else(|| format!("no limit {name:?}"))?;
+            Change::parse(text, *topic).map_err(|error| error.to_string())
+        });
+        limits.collect::<Result<Vec<_>, _>>().map(|limits| json!(format!("{limits:?}")))
     }
 
     fn openmetrics(&self) -> String {

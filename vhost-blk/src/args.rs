@@ -16,6 +16,7 @@ use clap::error::ErrorKind;
 use clap::parser::ValueSource;
 use clap::{ArgMatches, Args, CommandFactory, FromArgMatches, Parser};
 use common::daemon::DaemonOptions;
+use common::rate_limit::{Change, Topic};
 
 use crate::config::{QueueLimits, Serial};
 use crate::disk::{CacheMode, DiskSpec, OpenOptions};
@@ -55,6 +56,8 @@ pub(crate) struct Options {
     pub(crate) queues: QueueLimits,
     /// How often to look whether the disk has grown.
     pub(crate) watch_size: Option<Duration>,
+    /// What requests are held to at first.
+    pub(crate) limits: Change,
 }
 
 /// Parses a command line, the program's name first. The error prints itself and knows the exit
@@ -68,6 +71,8 @@ pub(crate) fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Opt
         return Err(CommandLine::command()
             .error(ErrorKind::MissingRequiredArgument, "no disk: --blk-file PATH names one"));
     };
+    let mut limits = Change::default();
+    line.iops.iter().chain(&line.bps).for_each(|change| limits.and(change));
     Ok(Options {
         daemon: line.daemon,
         disk,
@@ -80,6 +85,7 @@ pub(crate) fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Opt
         serial: line.serial.unwrap_or_default(),
         queues: QueueLimits { count: line.num_queues, size_max: line.queue_size },
         watch_size: line.watch_size.map(Duration::from_secs),
+        limits,
     })
 }
 
@@ -179,6 +185,34 @@ struct CommandLine {
         help_heading = "Disk options"
     )]
     watch_size: Option<u64>,
+
+    /// Most operations per second: [total=|read=|write=]RATE[/BURST], e.g. 1000, or
+    /// read=2000,write=500/4000.
+    ///
+    /// A RATE without a name is for reads and writes together. k, M, G and T stand for 1000, 1000²
+    /// and so on; none for no limit. Requests over the limit wait, evenly spaced. BURST is how many
+    /// may come at once after a pause; without it, what the rate gives in 5 ms. The control socket
+    /// changes limits while the daemon runs: {"command":"limit","iops":"read=none"}.
+    #[arg(
+        long,
+        value_name = "LIMIT[,LIMIT]",
+        value_parser = |text: &str| Change::parse(text, Topic::Iops),
+        help_heading = "Disk options"
+    )]
+    iops: Vec<Change>,
+
+    /// Most bytes per second: [total=|read=|write=]RATE[/BURST], e.g. 100M, or
+    /// read=200M,write=50M/1G.
+    ///
+    /// As --iops, for the bytes that are read and written; here k, M, G and T stand for 1024, 1024²
+    /// and so on.
+    #[arg(
+        long,
+        value_name = "LIMIT[,LIMIT]",
+        value_parser = |text: &str| Change::parse(text, Topic::Bps),
+        help_heading = "Disk options"
+    )]
+    bps: Vec<Change>,
 
     /// Open the image without locking it, and even if another process has it locked
     ///
@@ -391,6 +425,29 @@ mod tests {
             "--blk-file a --logical-block-size 8192",
         ] {
             refused(wrong);
+        }
+    }
+
+    #[test]
+    fn limits_are_given_together_or_one_by_one_and_the_last_one_counts() {
+        let limits = |words: &str| parse_words(&format!("--blk-file x {words}")).unwrap().limits;
+        assert!(limits("").is_empty());
+        let mut wanted = Change::parse("read=1,write=500/4000", Topic::Iops).unwrap();
+        wanted.and(&Change::parse("100M", Topic::Bps).unwrap());
+        let given = "--iops read=2k,write=500/4000 --bps 100M --iops read=1";
+        assert_eq!(limits(given), wanted);
+    }
+
+    #[test]
+    fn wrong_limit_is_refused_by_its_option_and_what_is_wrong() {
+        for (option, value, said) in [
+            ("--iops", "fast", "powers of 1000"),
+            ("--bps", "fast", "powers of 1024"),
+            ("--bps", "read=1M,rx=5M", "\"rx\" is none of total, read and write"),
+            ("--iops", "0", "a rate is from 1"),
+        ] {
+            let message = refused(&format!("--blk-file x {option} {value}"));
+            assert!(message.contains(option) && message.contains(said), "{message}");
         }
     }
 }

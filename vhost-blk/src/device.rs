@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use common::device::{Account, Device, DeviceQueue, HostFault, NotRefreshed, QueueIo, Refreshed};
 use common::engine::{Completion, Op, Zeroing};
-use common::rate_limit::Direction;
+use common::rate_limit::{Direction, Topic};
 use common::virtqueue::Chain;
 use rustix::io::Errno;
 
@@ -48,6 +48,7 @@ impl Device for BlockDevice {
     type Queue = BlockQueue;
     const NAME: &'static str = "block";
     const KINDS: &'static [&'static str] = KINDS;
+    const LIMITS: &'static [Topic] = &[Topic::Iops, Topic::Bps];
 
     fn queue_count(&self) -> u16 {
         self.queues.count

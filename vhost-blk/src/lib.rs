@@ -36,7 +36,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         Ok(options) => options,
         Err(error) => error.exit(),
     };
-    serve::run(&options.daemon, || device(&options))
+    serve::run(&options.daemon, &options.limits, || device(&options))
 }
 
 /// The device that a daemon with these arguments serves.

@@ -19,6 +19,7 @@
     clippy::panic
 )]
 
+use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::io;
 use std::rc::Rc;
@@ -61,12 +62,10 @@ pub enum Command {
     /// All counters and limits, as JSON.
     Stats {},
     /// Change the limits that are named; answered with those in force.
-    Limit {
-        /// Of operations, as for `--iops`.
-        iops: Option<String>,
-        /// Of bytes, as for `--bps`.
-        bps: Option<String>,
-    },
+    Limit(
+        /// What by which topic's name, as the option of that name has it.
+        BTreeMap<String, String>,
+    ),
     /// Look at the device's size now; answered with what came of it.
     Resize {},
 }
@@ -317,7 +316,7 @@ mod tests {
         fn command(&self, command: Command) -> Reply {
             match command {
                 Command::Stats {} => Ok(json!({ "device": "block" })),
-                Command::Limit { iops, bps } => Ok(json!([iops, bps])),
+                Command::Limit(named) => Ok(json!(named)),
                 Command::Resize {} => Err("it has shrunk".to_owned()),
             }
         }
@@ -415,19 +414,17 @@ mod tests {
         with_server(async |path| {
             let mut shell = Shell::connect(&path).await;
             for (command, reply) in [
-                (r#"{"command":"limit"}"#, json!({ "ok": [null, null] })),
-                (r#"{"bps":"none","command":"limit"}"#, json!({ "ok": [null, "none"] })),
+                (r#"{"command":"limit"}"#, json!({ "ok": {} })),
+                (r#"{"bps":"none","command":"limit"}"#, json!({ "ok": { "bps": "none" } })),
                 (r#"{"command":"resize"}"#, json!({ "error": "it has shrunk" })),
             ] {
                 assert_eq!(shell.ask(command).await, reply, "{command}");
             }
             for (command, said) in [
-                (r#"{"command":"limit","iops":"5","rate":7}"#, "unknown field `rate`"),
                 (r#"{"command":"resize","bytes":4096}"#, "unknown field `bytes`"),
                 (r#"{"command":"stats","bytes":4096}"#, "unknown field `bytes`"),
                 (r#"{"command":"limit","iops":5}"#, "expected a string"),
                 (r#"["stats"]"#, "no JSON object"),
-                (r#" ["limit","5","none"]"#, "no JSON object"),
             ] {
                 let error = shell.ask(command).await["error"].to_string();
                 assert!(error.contains(said), "{command}: {error}");

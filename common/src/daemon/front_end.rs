@@ -107,6 +107,7 @@ impl<'a, D: Device> FrontEnd<'a, D> {
         gate: &'a mut RateLimit,
     ) -> std::io::Result<Self> {
         let device = refresher.device();
+        device.new_session();
         let session = Session::new(Offer {
             features: device.features(),
             queue_count: device.queue_count(),

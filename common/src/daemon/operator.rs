@@ -1,5 +1,6 @@
 //! What an operator can ask of a running daemon, and how it is answered.
 
+use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -7,8 +8,8 @@ use super::control::{Answers, Command, Reply};
 use super::log::with_sources;
 use super::refresh::{Asked, Refresher};
 use crate::device::Device;
-use crate::metrics::{Metrics, limits_json};
-use crate::rate_limit::{Change, Unit};
+use crate::metrics::Metrics;
+use crate::rate_limit::Change;
 use crate::worker::Throttle;
 
 /// Answers from the counters; changes limits; has the device look at its size.
@@ -20,19 +21,22 @@ pub(super) struct Operator<D: Device> {
 
 impl<D: Device> Operator<D> {
     /// Changes what is named, all of it or, where something is wrong, nothing.
-    fn limit(&self, iops: Option<String>, bps: Option<String>) -> Reply {
-        let mut changes = Vec::new();
-        let named = [("iops", Unit::Operations, iops), ("bps", Unit::Bytes, bps)];
-        for (name, unit, spec) in named {
-            let Some(spec) = spec else { continue };
-            let change = Change::parse(&spec, unit)
+    fn limit(&self, named: &BTreeMap<String, String>) -> Reply {
+        let mut all = Change::default();
+        for (name, spec) in named {
+            let topic = D::LIMITS.iter().find(|topic| topic.name() == name);
+            let topic = topic.ok_or_else(|| {
+                let known: Vec<_> = D::LIMITS.iter().map(|topic| topic.name()).collect();
+                format!("there is no limit {name:?}, only {}", known.join(", "))
+            })?;
+            let change = Change::parse(spec, *topic)
                 .map_err(|error| format!("{name}: {}", with_sources(&error)))?;
-            changes.push((unit, change));
+            all.and(&change);
         }
-        if !changes.is_empty() {
-            self.throttle.change(&changes);
+        if !all.is_empty() {
+            self.throttle.change(&all);
         }
-        Ok(limits_json(self.throttle.limits()))
+        Ok(self.metrics.limits_json())
     }
 }
 
@@ -40,7 +44,7 @@ impl<D: Device> Answers for Operator<D> {
     fn command(&self, command: Command) -> Reply {
         match command {
             Command::Stats {} => Ok(self.metrics.to_json()),
-            Command::Limit { iops, bps } => self.limit(iops, bps),
+            Command::Limit(named) => self.limit(&named),
             Command::Resize {} => self.refresher.refresh(Asked::ByOperator),
         }
     }

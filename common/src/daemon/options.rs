@@ -14,7 +14,6 @@ use rustix::fs::{Gid, Mode};
 use thiserror::Error;
 
 use super::aio::Aio;
-use crate::rate_limit::{Change, RateLimits, SpecError, Unit};
 
 /// The most worker threads that `--threads` accepts: more than any machine gains from one device's
 /// queues, and few enough that their stacks and rings are no burden when somebody mistypes.
@@ -78,43 +77,9 @@ pub struct DaemonOptions {
     #[arg(long, value_name = "ENGINE", default_value = "auto")]
     pub aio: Aio,
 
-    /// Most operations per second: [total=|read=|write=]RATE[/BURST], e.g. 1000, or
-    /// read=2000,write=500/4000.
-    ///
-    /// A RATE without a name is for reads and writes together. k, M, G and T stand for 1000, 1000²
-    /// and so on; none for no limit. Requests over the limit wait, evenly spaced. BURST is how many
-    /// may come at once after a pause; without it, what the rate gives in 5 ms. The control socket
-    /// changes limits while the daemon runs: {"command":"limit","iops":"read=none"}.
-    #[arg(long, value_name = "LIMIT[,LIMIT]", value_parser = parse_iops)]
-    pub iops: Vec<Change>,
-
-    /// Most bytes per second: [total=|read=|write=]RATE[/BURST], e.g. 100M, or
-    /// read=200M,write=50M/1G.
-    ///
-    /// As --iops, for the bytes that are read and written; here k, M, G and T stand for 1024, 1024²
-    /// and so on.
-    #[arg(long, value_name = "LIMIT[,LIMIT]", value_parser = parse_bps)]
-    pub bps: Vec<Change>,
-
     /// Least severe messages to log on stderr.
     #[arg(long, value_name = "LEVEL", default_value = "info")]
     pub log_level: LogLevel,
-}
-
-impl DaemonOptions {
-    /// Sets the limits that were asked for; of two for the same, the last one.
-    pub(super) fn limit(&self, limits: &RateLimits) {
-        self.iops.iter().for_each(|change| limits.change(Unit::Operations, change));
-        self.bps.iter().for_each(|change| limits.change(Unit::Bytes, change));
-    }
-}
-
-fn parse_iops(text: &str) -> Result<Change, SpecError> {
-    Change::parse(text, Unit::Operations)
-}
-
-fn parse_bps(text: &str) -> Result<Change, SpecError> {
-    Change::parse(text, Unit::Bytes)
 }
 
 /// How much to log; each level includes those before it.
@@ -172,9 +137,6 @@ mod tests {
     use clap::{CommandFactory, Parser};
 
     use super::{Aio, DaemonOptions, LogLevel, MAX_THREADS};
-    use crate::metrics::limits_json;
-    use crate::rate_limit::RateLimits;
-    use serde_json::json;
 
     #[derive(Debug, Parser)]
     struct Program {
@@ -260,43 +222,6 @@ mod tests {
         assert_eq!(parse(&["--aio", "io_uring"]).unwrap().aio, Aio::IoUring);
         assert_eq!(parse(&["--aio", "threads"]).unwrap().aio, Aio::Threads);
         assert!(refusal(&["--aio", "native"]).contains("auto, io_uring, threads"));
-    }
-
-    #[test]
-    fn limits_are_given_together_or_one_by_one_and_the_last_one_counts() {
-        let limits = |arguments: &[&str]| {
-            let limits = RateLimits::default();
-            parse(arguments).unwrap().limit(&limits);
-            limits_json(&limits)
-        };
-        let none = json!({ "total": null, "read": null, "write": null });
-        assert_eq!(limits(&[]), json!({ "iops": none, "bps": none }));
-        let iops = ["--iops", "read=2k,write=500/4000", "--iops", "read=1"];
-        let bps = ["--bps", "100M"];
-        assert_eq!(
-            limits(&[&iops[..], &bps].concat()),
-            json!({
-                "iops": {
-                    "total": null,
-                    "read": { "rate": 1, "burst": null },
-                    "write": { "rate": 500, "burst": 4000 },
-                },
-                "bps": { "total": { "rate": 104_857_600, "burst": null }, "read": null, "write": null },
-            })
-        );
-    }
-
-    #[test]
-    fn wrong_limit_is_refused_by_its_option_and_what_is_wrong() {
-        for (option, value, said) in [
-            ("--iops", "fast", "powers of 1000"),
-            ("--bps", "fast", "powers of 1024"),
-            ("--bps", "read=1M,rx=5M", "\"rx\" is none of total, read and write"),
-            ("--iops", "0", "a rate is from 1"),
-        ] {
-            let message = refusal(&[option, value]);
-            assert!(message.contains(option) && message.contains(said), "{message}");
-        }
     }
 
     #[test]

@@ -28,6 +28,7 @@ use super::{DaemonOptions, notify};
 use crate::device::{Device, Runtime};
 use crate::memory::sigbus;
 use crate::metrics::{Identity, Metrics, Vocabulary};
+use crate::rate_limit::Change;
 use crate::worker::{Nudge, WorkerEvent, Workers};
 
 /// How long requests in flight may take to end after a termination signal. The service manager and
@@ -53,14 +54,15 @@ enum Failure {
     Engine(#[source] std::io::Error),
 }
 
-/// Serves the device that `open` opens until told to end. The exit status is 1, and the log says
+/// Serves the device that `open` opens until told to end, held to these limits at first. The exit status is 1, and the log says
 /// why, where something could not be opened.
 pub fn run<D: Device, E: Error + 'static>(
     options: &DaemonOptions,
+    limits: &Change,
     open: impl FnOnce() -> Result<D, E>,
 ) -> ExitCode {
     log::start(options.log_level);
-    match start(options, open) {
+    match start(options, limits, open) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
             error!("{}", log::with_sources(failure.as_ref()));
@@ -72,6 +74,7 @@ pub fn run<D: Device, E: Error + 'static>(
 /// Opens everything, then serves.
 fn start<D: Device, E: Error + 'static>(
     options: &DaemonOptions,
+    limits: &Change,
     open: impl FnOnce() -> Result<D, E>,
 ) -> Result<(), Box<dyn Error>> {
     sigbus::install();
@@ -86,9 +89,9 @@ fn start<D: Device, E: Error + 'static>(
     let device = Arc::new(open()?);
     let engine = aio::choose(options.aio)?;
     let identity = Identity { device: D::NAME, engine: engine.name() };
-    let vocabulary = Vocabulary { kinds: D::KINDS, drops: D::DROPS };
+    let vocabulary = Vocabulary { kinds: D::KINDS, drops: D::DROPS, limits: D::LIMITS };
     let metrics = Arc::new(Metrics::new(identity, vocabulary, device.queue_count()));
-    options.limit(&metrics.limits);
+    metrics.limits.change(limits);
     let (workers, events) = Workers::start(Arc::clone(&device), engine, options.threads, &metrics)?;
     let sockets = claimed.listen()?;
     let gate = RateLimit::new(LOG_LINES, LOG_INTERVAL);

@@ -14,7 +14,7 @@ use serde_json::{Map, Value, json};
 use super::{
     Counter, DaemonMetrics, Histogram, HistogramSnapshot, KindMetrics, Metrics, QueueMetrics,
 };
-use crate::rate_limit::{Limit, RateLimits, Scope, Unit};
+use crate::rate_limit::{Limit, RateLimits, Term, Topic, Unit};
 
 /// One counter of `T`.
 struct CounterDefinition<T> {
@@ -152,28 +152,34 @@ const DROPS: CounterDefinition<Counter> = CounterDefinition {
     read: |count| count,
 };
 
-/// The limits of one unit.
+/// A family of limits.
 struct LimitDefinition {
     family: &'static str,
-    json_key: &'static str,
     help: &'static str,
-    limited: Unit,
+    holds: fn(Topic, &Term) -> bool,
 }
 
 const LIMITS: &[LimitDefinition] = &[
     LimitDefinition {
         family: "outboard_iops_limit",
-        json_key: "iops",
         help: "Operations per second that requests are held to; absent where there is no limit.",
-        limited: Unit::Operations,
+        holds: |topic, _| topic == Topic::Iops,
+    },
+    LimitDefinition {
+        family: "outboard_fps_limit",
+        help: "Frames per second that traffic is held to; absent where there is no limit.",
+        holds: |topic, term| is_traffic(topic) && term.unit == Unit::Operations,
     },
     LimitDefinition {
         family: "outboard_bps_limit",
-        json_key: "bps",
         help: "Bytes per second that requests are held to; absent where there is no limit.",
-        limited: Unit::Bytes,
+        holds: |_, term| term.unit == Unit::Bytes,
     },
 ];
+
+fn is_traffic(topic: Topic) -> bool {
+    matches!(topic, Topic::Rx | Topic::Tx)
+}
 
 /// JSON keys of the quantiles, and the quantiles in thousandths.
 const QUANTILES: [(&str, u16); 5] =
@@ -188,9 +194,14 @@ impl Metrics {
             "device": self.identity.device,
             "engine": self.identity.engine,
             "daemon": counters_json(DAEMON_COUNTERS, &self.daemon),
-            "limits": limits_json(&self.limits),
+            "limits": self.limits_json(),
             "queues": queues,
         })
+    }
+
+    /// The limits in force, as `limit` answers with them.
+    pub fn limits_json(&self) -> Value {
+        limits_json(&self.limits, self.vocabulary.limits)
     }
 
     fn queue_json(&self, queue: &QueueMetrics) -> Value {
@@ -220,12 +231,18 @@ impl Metrics {
             text.counter_family(definition);
             text.counter(definition, &device, &self.daemon);
         }
-        for definition in LIMITS {
-            text.family(definition.family, "gauge", None, definition.help);
-            for scope in Scope::ALL {
-                if let Limit::At { rate, .. } = self.limits.in_force(definition.limited, scope) {
-                    let (family, scope) = (definition.family, scope.name());
-                    text.line(format_args!("{family}{{{device},direction=\"{scope}\"}} {rate}"));
+        let topics = self.vocabulary.limits.iter();
+        let terms: Vec<(Topic, Term)> = topics
+            .flat_map(|topic| topic.terms().into_iter().map(move |term| (*topic, term)))
+            .collect();
+        for LimitDefinition { family, help, holds } in LIMITS {
+            text.family(family, "gauge", None, help);
+            for (_, term) in terms.iter().filter(|(topic, term)| holds(*topic, term)) {
+                if let Limit::At { rate, .. } = self.limits.in_force(term.unit, term.scope) {
+                    let direction = term.direction;
+                    text.line(format_args!(
+                        "{family}{{{device},direction=\"{direction}\"}} {rate}"
+                    ));
                 }
             }
         }
@@ -276,20 +293,21 @@ fn counters_json<T>(definitions: &[CounterDefinition<T>], from: &T) -> Map<Strin
     definitions.iter().map(pair).collect()
 }
 
-/// The limits in force: `{"iops": {"total": {"rate": …, "burst": …}, …}, "bps": {…}}`, `null` where
-/// there is none.
-pub fn limits_json(limits: &RateLimits) -> Value {
-    let unit = |definition: &LimitDefinition| {
-        let scope = |scope: Scope| {
-            let limit = match limits.in_force(definition.limited, scope) {
-                Limit::None => Value::Null,
-                Limit::At { rate, burst } => json!({ "rate": rate, "burst": burst }),
-            };
-            (scope.name().to_owned(), limit)
+/// The limits in force, by topic and name: `{"iops": {"total": {"rate": …, "burst": …}, …}, …}`, `null`
+/// where there is none.
+fn limits_json(limits: &RateLimits, topics: &[Topic]) -> Value {
+    let limit = |term: Term| {
+        let limit = match limits.in_force(term.unit, term.scope) {
+            Limit::None => Value::Null,
+            Limit::At { rate, burst } => json!({ "rate": rate, "burst": burst }),
         };
-        (definition.json_key.to_owned(), Value::Object(Scope::ALL.map(scope).into_iter().collect()))
+        (term.name.to_owned(), limit)
     };
-    Value::Object(LIMITS.iter().map(unit).collect())
+    let topic = |topic: &Topic| {
+        let limits = topic.terms().into_iter().map(limit).collect();
+        (topic.name().to_owned(), Value::Object(limits))
+    };
+    Value::Object(topics.iter().map(topic).collect())
 }
 
 fn latency_json(latency: &HistogramSnapshot) -> Value {
@@ -347,18 +365,20 @@ mod tests {
 
     use super::super::{Identity, Metrics, Vocabulary};
     use super::{DAEMON_COUNTERS, DROPS, KIND_COUNTERS, KIND_LATENCY, LIMITS, QUEUE_COUNTERS};
-    use crate::rate_limit::{Change, Unit};
+    use crate::rate_limit::{Change, Topic};
 
     fn sample() -> Metrics {
-        let vocabulary = Vocabulary { kinds: &["read", "write"], drops: &["runt", "giant"] };
+        let limits = &[Topic::Iops, Topic::Bps];
+        let vocabulary =
+            Vocabulary { kinds: &["read", "write"], drops: &["runt", "giant"], limits };
         let identity = Identity { device: "block", engine: "threads" };
         let metrics = Metrics::new(identity, vocabulary, 2);
         metrics.daemon.sessions.add(3);
         metrics.queues[1].kicks.add(7);
         metrics.queues[1].broken.add(1);
         metrics.queues[1].drops[1].add(5);
-        let change = Change::parse("read=2000/50", Unit::Operations).expect("a limit");
-        metrics.limits.change(Unit::Operations, &change);
+        let change = Change::parse("read=2000/50", Topic::Iops).expect("a limit");
+        metrics.limits.change(&change);
         let write = &metrics.queues[1].kinds[1];
         write.requests.add(2);
         write.bytes.add(8192);

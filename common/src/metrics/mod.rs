@@ -19,10 +19,9 @@ mod histogram;
 use std::sync::Arc;
 
 pub use counter::Counter;
-pub use export::limits_json;
 pub use histogram::{Histogram, HistogramSnapshot};
 
-use crate::rate_limit::RateLimits;
+use crate::rate_limit::{RateLimits, Topic};
 
 /// What is counted about one kind of request (a block device's read, write, flush…) on one queue.
 // 128 bytes: two cache lines, because x86 prefetches lines in pairs; two queues' workers must not
@@ -101,13 +100,15 @@ pub struct Identity {
     pub engine: &'static str,
 }
 
-/// What a device calls what is counted; plain words.
+/// What a device calls what is counted, in plain words, and its limits.
 #[derive(Clone, Copy, Debug)]
 pub struct Vocabulary {
     /// Its kinds of request.
     pub kinds: &'static [&'static str],
     /// Its reasons to give work up.
     pub drops: &'static [&'static str],
+    /// What its limits are about.
+    pub limits: &'static [Topic],
 }
 
 /// All counters of a daemon, and the limits that are shown beside them.
@@ -115,7 +116,8 @@ pub struct Vocabulary {
 pub struct Metrics {
     /// Whose counters they are.
     pub identity: Identity,
-    vocabulary: Vocabulary,
+    /// What the device calls what is counted, and its limits.
+    pub vocabulary: Vocabulary,
     /// The daemon's own counters.
     pub daemon: DaemonMetrics,
     /// One entry per queue, by queue index.
@@ -157,7 +159,7 @@ mod tests {
 
     #[test]
     fn each_queue_has_every_kind() {
-        let vocabulary = Vocabulary { kinds: &["read", "write"], drops: &["runt"] };
+        let vocabulary = Vocabulary { kinds: &["read", "write"], drops: &["runt"], limits: &[] };
         let identity = Identity { device: "block", engine: "threads" };
         let metrics = Metrics::new(identity, vocabulary, 3);
         assert_eq!(metrics.queues.len(), 3);

@@ -1,8 +1,9 @@
-//! How limits are written: `[total=|read=|write=]RATE[/BURST]`, one or several with commas between.
+//! How limits are written: `[NAME=]RATE[/BURST]`, one or several with commas between.
 //!
 //! Contract: one parser for options and commands, which yields a [`Change`]: limits that are not
 //! named stay as they are. `none` in place of a rate takes a limit away, and by itself, without a
-//! name, all that there are of its unit.
+//! name, all that there are of its [`Topic`]. The table of topics says which names there are, and is
+//! what metrics call limits by.
 
 #![deny(
     clippy::unwrap_used,
@@ -25,7 +26,12 @@ pub enum Unit {
     Bytes,
 }
 
+const UNITS: usize = 2;
+
 impl Unit {
+    /// Both.
+    pub(crate) const ALL: [Self; UNITS] = [Self::Operations, Self::Bytes];
+
     /// What a step from one suffix to the next is.
     fn step(self) -> u64 {
         match self {
@@ -61,19 +67,75 @@ pub enum Limit {
     },
 }
 
-/// What is to become of the limits of a unit.
+/// Limits that an option, and a member of the command `limit`, sets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Topic {
+    /// A disk's operations.
+    Iops,
+    /// A disk's bytes.
+    Bps,
+    /// What a network device receives.
+    Rx,
+    /// What a network device sends.
+    Tx,
+}
+
+/// One limit of a topic.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Term {
+    /// What it is called in the topic.
+    pub(crate) name: &'static str,
+    pub(crate) unit: Unit,
+    pub(crate) scope: Scope,
+    /// What the metric's label `direction` says.
+    pub(crate) direction: &'static str,
+}
+
+impl Topic {
+    /// What the option and the command's member are called, and the key in statistics.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Iops => "iops",
+            Self::Bps => "bps",
+            Self::Rx => "rx",
+            Self::Tx => "tx",
+        }
+    }
+
+    /// Its limits; the first one is meant where no name is given.
+    pub(crate) fn terms(self) -> Vec<Term> {
+        let of_disk = |unit| {
+            let scopes =
+                [("total", Scope::Total), ("read", Scope::ToDriver), ("write", Scope::FromDriver)];
+            scopes.map(|(name, scope)| Term { name, unit, scope, direction: name }).to_vec()
+        };
+        let of_network = |scope| {
+            let units = [("bytes", Unit::Bytes), ("frames", Unit::Operations)];
+            let direction = self.name();
+            units.map(|(name, unit)| Term { name, unit, scope, direction }).to_vec()
+        };
+        match self {
+            Self::Iops => of_disk(Unit::Operations),
+            Self::Bps => of_disk(Unit::Bytes),
+            Self::Rx => of_network(Scope::ToDriver),
+            Self::Tx => of_network(Scope::FromDriver),
+        }
+    }
+}
+
+/// What is to become of limits.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Change {
-    /// In the order of [`Scope::ALL`]; `None` leaves a limit as it is.
-    wanted: [Option<Limit>; SCOPES],
+    /// By [`Unit`] and [`Scope`]; `None` leaves a limit as it is.
+    wanted: [[Option<Limit>; SCOPES]; UNITS],
 }
 
 /// Why a text is no limit.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[allow(missing_docs, reason = "the messages say what the fields are")]
 pub enum SpecError {
-    #[error("{name:?} is none of total, read and write")]
-    Scope { name: String },
+    #[error("{name:?} is none of {}", Names(*topic))]
+    Name { name: String, topic: Topic },
     #[error("{name} is given twice")]
     Twice { name: &'static str },
     #[error("{text:?} is no {what}: expected a number, or one of k, M, G or T (powers of {step})")]
@@ -84,41 +146,72 @@ pub enum SpecError {
     BurstOfNone { text: String },
 }
 
+/// The names of a topic's limits, for a message.
+struct Names(Topic);
+
+impl std::fmt::Display for Names {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let names: Vec<_> = self.0.terms().iter().map(|term| term.name).collect();
+        match names.split_last() {
+            Some((last, others)) => write!(f, "{} and {last}", others.join(", ")),
+            None => Ok(()),
+        }
+    }
+}
+
 impl Change {
     /// Reads `total=100,write=50/200`, `100`, `none`, `read=none` and their like.
     ///
     /// # Errors
     /// The text is of another form.
-    pub fn parse(text: &str, unit: Unit) -> Result<Self, SpecError> {
-        if text == "none" {
-            return Ok(Self { wanted: [Some(Limit::None); SCOPES] });
-        }
+    pub fn parse(text: &str, topic: Topic) -> Result<Self, SpecError> {
         let mut change = Self::default();
-        for part in text.split(',') {
-            let (scope, limit) = match part.split_once('=') {
-                Some((name, limit)) => (scope(name)?, limit),
-                None => (Scope::Total, part),
-            };
-            let limit = limit_of(limit, unit)?;
-            let wanted = Scope::ALL.into_iter().zip(&mut change.wanted);
-            for (_, wanted) in wanted.filter(|(other, _)| *other == scope) {
-                if wanted.replace(limit).is_some() {
-                    return Err(SpecError::Twice { name: scope.name() });
-                }
+        if text == "none" {
+            for term in topic.terms() {
+                change.want(term, Limit::None)?;
             }
+            return Ok(change);
+        }
+        for part in text.split(',') {
+            let (name, limit) = match part.split_once('=') {
+                Some((name, limit)) => (Some(name), limit),
+                None => (None, part),
+            };
+            let mut terms = topic.terms().into_iter();
+            let term = terms.find(|term| name.is_none_or(|name| name == term.name));
+            let unknown = || SpecError::Name { name: name.unwrap_or_default().to_owned(), topic };
+            let term = term.ok_or_else(unknown)?;
+            change.want(term, limit_of(limit, term.unit)?)?;
         }
         Ok(change)
     }
 
-    /// What is wanted, in the order of [`Scope::ALL`].
-    pub(super) fn wanted(&self) -> [Option<Limit>; SCOPES] {
-        self.wanted
+    fn want(&mut self, term: Term, limit: Limit) -> Result<(), SpecError> {
+        let cells = self.wanted.get_mut(term.unit as usize);
+        let cell = cells.and_then(|cells| cells.get_mut(term.scope as usize));
+        match cell.and_then(|cell| cell.replace(limit)) {
+            Some(_before) => Err(SpecError::Twice { name: term.name }),
+            None => Ok(()),
+        }
     }
-}
 
-fn scope(name: &str) -> Result<Scope, SpecError> {
-    let found = Scope::ALL.into_iter().find(|scope| scope.name() == name);
-    found.ok_or_else(|| SpecError::Scope { name: name.to_owned() })
+    /// Adds what another change names; where both name a limit, the other is right.
+    pub fn and(&mut self, other: &Self) {
+        let cells = self.wanted.iter_mut().flatten().zip(other.wanted.iter().flatten());
+        for (cell, other) in cells {
+            *cell = other.or(*cell);
+        }
+    }
+
+    /// Whether nothing is named.
+    pub fn is_empty(&self) -> bool {
+        self.wanted.iter().flatten().all(Option::is_none)
+    }
+
+    /// What is wanted of a unit, by [`Scope`].
+    pub(super) fn wanted(&self, unit: Unit) -> [Option<Limit>; SCOPES] {
+        self.wanted.get(unit as usize).copied().unwrap_or_default()
+    }
 }
 
 fn limit_of(text: &str, unit: Unit) -> Result<Limit, SpecError> {
@@ -162,7 +255,7 @@ fn number(text: &str, unit: Unit, what: &'static str, least: u64) -> Result<NonZ
 mod tests {
     use std::num::NonZeroU64;
 
-    use super::{Change, Limit, SpecError, Unit};
+    use super::{Change, Limit, SpecError, Topic, Unit};
 
     fn at(rate: u64, burst: u64) -> Option<Limit> {
         let rate = NonZeroU64::new(rate).expect("a rate is not 0");
@@ -170,7 +263,7 @@ mod tests {
     }
 
     fn operations(text: &str) -> Result<[Option<Limit>; 3], SpecError> {
-        Change::parse(text, Unit::Operations).map(|change| change.wanted())
+        Change::parse(text, Topic::Iops).map(|change| change.wanted(Unit::Operations))
     }
 
     #[test]
@@ -188,8 +281,8 @@ mod tests {
     #[test]
     fn suffixes_are_powers_of_the_unit_s_step() {
         assert_eq!(operations("2k/3M"), Ok([at(2000, 3_000_000), None, None]));
-        let bytes = Change::parse("read=2k/3M,write=1G,1T", Unit::Bytes).unwrap();
-        assert_eq!(bytes.wanted(), [at(1 << 40, 0), at(2048, 3 << 20), at(1 << 30, 0)]);
+        let bytes = Change::parse("read=2k/3M,write=1G,1T", Topic::Bps).unwrap();
+        assert_eq!(bytes.wanted(Unit::Bytes), [at(1 << 40, 0), at(2048, 3 << 20), at(1 << 30, 0)]);
     }
 
     #[test]
@@ -209,6 +302,7 @@ mod tests {
             ("2000T", "not 2000T"),
             ("99999999999999999999T", "a rate is from 1"),
             ("rx=5", "\"rx\" is none of total, read and write"),
+            ("=5", "\"\" is none of total"),
             ("read=1,read=2", "read is given twice"),
             ("1,total=2", "total is given twice"),
             ("none,1", "total is given twice"),
@@ -217,9 +311,33 @@ mod tests {
             let error = operations(text).expect_err(text).to_string();
             assert!(error.contains(said), "{text:?}: {error}");
         }
-        let error = Change::parse("511", Unit::Bytes).expect_err("too slow").to_string();
+        let error = Change::parse("511", Topic::Bps).expect_err("too slow").to_string();
         assert_eq!(error, "a rate is from 512 to 2^50, not 511");
-        let error = Change::parse("1x", Unit::Bytes).expect_err("no suffix").to_string();
+        let error = Change::parse("1x", Topic::Bps).expect_err("no suffix").to_string();
         assert!(error.contains("powers of 1024"), "{error}");
+    }
+
+    #[test]
+    fn network_s_limits_are_of_bytes_and_frames_in_one_direction() {
+        let rx = Change::parse("10M/1G,frames=2k", Topic::Rx).unwrap();
+        assert_eq!(rx.wanted(Unit::Bytes), [None, at(10 << 20, 1 << 30), None]);
+        assert_eq!(rx.wanted(Unit::Operations), [None, at(2000, 0), None]);
+        let tx = Change::parse("none", Topic::Tx).unwrap();
+        assert_eq!(tx.wanted(Unit::Bytes), [None, None, Some(Limit::None)]);
+        assert_eq!(tx.wanted(Unit::Operations), [None, None, Some(Limit::None)]);
+        let error = Change::parse("read=5", Topic::Rx).expect_err("a disk's word").to_string();
+        assert_eq!(error, "\"read\" is none of bytes and frames");
+        assert!(Change::parse("bytes=511", Topic::Tx).is_err());
+        assert!(Change::parse("frames=1", Topic::Tx).is_ok());
+    }
+
+    #[test]
+    fn later_change_goes_over_an_earlier_one() {
+        let mut change = Change::parse("read=1,write=2", Topic::Iops).unwrap();
+        assert!(!change.is_empty() && Change::default().is_empty());
+        change.and(&Change::parse("write=3", Topic::Iops).unwrap());
+        change.and(&Change::parse("4k", Topic::Bps).unwrap());
+        assert_eq!(change.wanted(Unit::Operations), [None, at(1, 0), at(3, 0)]);
+        assert_eq!(change.wanted(Unit::Bytes), [at(4096, 0), None, None]);
     }
 }

@@ -1,6 +1,8 @@
 //! Limits against a simulated clock: rates, bunching, fairness, changes.
 
-use super::{Change, Cost, Direction, Limit, Place, RateLimits, Scope, TOLERANCE_NS, Unit, Wait};
+use super::{
+    Change, Cost, Direction, Limit, Place, RateLimits, Scope, TOLERANCE_NS, Topic, Unit, Wait,
+};
 
 const SECOND_NS: u64 = 1_000_000_000;
 
@@ -12,7 +14,11 @@ fn limits(operations: &str, bytes: &str) -> RateLimits {
 }
 
 fn change(limits: &RateLimits, unit: Unit, spec: &str) {
-    limits.change(unit, &Change::parse(spec, unit).expect(spec));
+    let topic = match unit {
+        Unit::Operations => Topic::Iops,
+        Unit::Bytes => Topic::Bps,
+    };
+    limits.change(&Change::parse(spec, topic).expect(spec));
 }
 
 fn read(bytes: u64) -> Cost {
@@ -294,9 +300,11 @@ fn change_of_one_limit_leaves_the_others_as_they_are() {
     change(&limits, Unit::Operations, "read=5,total=1");
     change(&limits, Unit::Bytes, "1M");
     limits.admit(&mut place, read(512), 0).expect_err("one a second has been used");
-    let shown = Scope::ALL.map(|scope| match limits.in_force(Unit::Operations, scope) {
-        Limit::At { rate, burst } => (rate.get(), burst.map_or(0, std::num::NonZeroU64::get)),
-        Limit::None => (0, 0),
+    let shown = [Scope::Total, Scope::ToDriver, Scope::FromDriver].map(|scope| {
+        match limits.in_force(Unit::Operations, scope) {
+            Limit::At { rate, burst } => (rate.get(), burst.map_or(0, std::num::NonZeroU64::get)),
+            Limit::None => (0, 0),
+        }
     });
     assert_eq!(shown, [(1, 0), (5, 0), (2, 3)]);
 }

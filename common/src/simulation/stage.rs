@@ -15,7 +15,7 @@ use super::random::Random;
 use crate::device::Device;
 use crate::memory::MemoryMap;
 use crate::metrics::Metrics;
-use crate::rate_limit::{Change, Unit};
+use crate::rate_limit::Change;
 use crate::virtqueue::{RingError, RingSetup, Virtqueue};
 use crate::worker::manual::{ManualWorker, Rest};
 use crate::worker::{Kick, RingStart, WorkerEvent};
@@ -107,8 +107,8 @@ impl<D: Device> Stage<D> {
     }
 
     /// Changes limits, also for requests that wait.
-    pub fn limit(&mut self, unit: Unit, change: &Change) {
-        self.metrics().limits.change(unit, change);
+    pub fn limit(&mut self, change: &Change) {
+        self.metrics().limits.change(change);
         self.worker.limits_changed();
         self.kernel.mail();
     }

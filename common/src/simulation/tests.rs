@@ -7,7 +7,7 @@ use std::sync::Arc;
 use super::{Driver, Guest, Kernel, Layout, Random, Stage, each_seed};
 use crate::device::{Account, Device, DeviceQueue, QueueIo};
 use crate::engine::{Completion, FileIndex, Op};
-use crate::rate_limit::{Change, Direction, Unit};
+use crate::rate_limit::{Change, Direction, Topic};
 use crate::virtqueue::{Chain, VIRTIO_F_EVENT_IDX, VIRTIO_F_INDIRECT_DESC};
 use crate::worker::WorkerEvent;
 
@@ -132,16 +132,16 @@ impl Play {
         let sleeper = &mut sleepers[index];
         match random.within(0..8) {
             0 if random.once_in(8) => {
-                let (unit, spec) = random.pick(&[
-                    (Unit::Operations, "none"),
-                    (Unit::Operations, "1"),
-                    (Unit::Operations, "20k/3"),
-                    (Unit::Operations, "total=5,read=100k"),
-                    (Unit::Bytes, "none"),
-                    (Unit::Bytes, "read=512"),
-                    (Unit::Bytes, "1M/4k"),
+                let (topic, spec) = random.pick(&[
+                    (Topic::Iops, "none"),
+                    (Topic::Iops, "1"),
+                    (Topic::Iops, "20k/3"),
+                    (Topic::Iops, "total=5,read=100k"),
+                    (Topic::Bps, "none"),
+                    (Topic::Bps, "read=512"),
+                    (Topic::Bps, "1M/4k"),
                 ]);
-                stage.limit(unit, &Change::parse(spec, unit).expect(spec));
+                stage.limit(&Change::parse(spec, topic).expect(spec));
             }
             0 | 1 => sleeper.send(queue, stage.kernel(), random),
             2 => self.turn(|_kernel, _play| {}),
@@ -298,7 +298,7 @@ fn ring_that_is_stopping_is_left_alone_when_its_limit_would_let_it_go_on() {
     let layout = Layout { size: SIZE, descriptors: 0, available: 0x400, used: 0x800 };
     let mut driver = Driver::new(guest, layout, 0);
     stage.start(0, driver.setup(0)).expect("a ring");
-    stage.limit(Unit::Operations, &Change::parse("1", Unit::Operations).expect("a limit"));
+    stage.limit(&Change::parse("1", Topic::Iops).expect("a limit"));
     let mut random = Random::new(1);
     for _ in 0..2 {
         driver.add((&[], &[(0x1000, 65)]), None, &mut random).expect("there is room");

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use super::{Driver, Guest, Layout, Random, Stage};
 use crate::device::{Account, Device, DeviceQueue, QueueIo};
 use crate::engine::Completion;
-use crate::rate_limit::{Change, Direction, TOLERANCE_NS, Unit};
+use crate::rate_limit::{Change, Direction, TOLERANCE_NS, Topic};
 use crate::virtqueue::VIRTIO_F_EVENT_IDX;
 
 const QUEUES: u16 = 2;
@@ -123,8 +123,8 @@ impl Rings {
     }
 
     fn limit(&mut self, spec: &str) {
-        let change = Change::parse(spec, Unit::Operations).expect(spec);
-        self.stage.limit(Unit::Operations, &change);
+        let change = Change::parse(spec, Topic::Iops).expect(spec);
+        self.stage.limit(&change);
         self.rest();
     }
 

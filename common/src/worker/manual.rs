@@ -46,7 +46,7 @@ impl<D: Device> ManualWorker<D> {
         let mut worker = Worker::new(engine, device.queue_count(), mailbox, events, Instant::now());
         worker.engine.watch(Subject::Mail, worker.mailbox.bell())?;
         let identity = Identity { device: D::NAME, engine: "simulated" };
-        let vocabulary = Vocabulary { kinds: D::KINDS, drops: D::DROPS };
+        let vocabulary = Vocabulary { kinds: D::KINDS, drops: D::DROPS, limits: D::LIMITS };
         let metrics = Metrics::new(identity, vocabulary, device.queue_count());
         Ok(Self { worker, device, metrics, told, arrived: Vec::new() })
     }

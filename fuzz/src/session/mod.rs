@@ -59,7 +59,11 @@ impl Daemon<'_> {
         let Ok(action) = self.session.handle(message) else { return };
         self.model.accept(&said);
         match action {
-            Action::Done | Action::Answer(_) | Action::BackendChannel(_) => {}
+            Action::Done
+            | Action::Answer(_)
+            | Action::BackendChannel(_)
+            | Action::Announce(_)
+            | Action::SetMtu(_) => {}
             Action::Ring(index) => self.settle(index),
             Action::Rings | Action::Reset => (0..RINGS).for_each(|index| self.settle(index)),
             Action::RingBase(index) => {

@@ -10,7 +10,7 @@ use std::fmt::Debug;
 use std::sync::{Arc, Weak};
 
 use common::memory::MemoryMap;
-use common::rate_limit::{Change, Unit};
+use common::rate_limit::{Change, Topic};
 use common::simulation::{Driver, Guest, Layout, Random, Stage, chosen_seed};
 use common::virtqueue::{VIRTIO_F_EVENT_IDX, VIRTIO_F_INDIRECT_DESC};
 
@@ -298,14 +298,14 @@ impl World {
 
     /// The operator changes limits: to what lets a request through every few turns, or to none.
     fn limit(&mut self) {
-        let unit = self.random.pick(&[Unit::Operations, Unit::Bytes]);
-        let limits = match unit {
-            Unit::Operations => ["none", "4k", "read=1k/9", "write=3k,total=5k", "write=none"],
-            Unit::Bytes => ["none", "20M", "read=9M/1M", "write=8M,total=30M", "write=none"],
+        let topic = self.random.pick(&[Topic::Iops, Topic::Bps]);
+        let limits = match topic {
+            Topic::Iops => ["none", "4k", "read=1k/9", "write=3k,total=5k", "write=none"],
+            _ => ["none", "20M", "read=9M/1M", "write=8M,total=30M", "write=none"],
         };
-        let change = Change::parse(self.random.pick(&limits), unit).expect("limits");
+        let change = Change::parse(self.random.pick(&limits), topic).expect("limits");
         self.tell("limits", &change);
-        self.stage.limit(unit, &change);
+        self.stage.limit(&change);
     }
 
     /// The driver switches its cache; what was answered before is made stable in the background.
