@@ -20,6 +20,7 @@ use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
+pub use inherited::{duplicate, release};
 pub use socket_file::SocketFile;
 
 use self::socket_file::Access;

@@ -61,7 +61,10 @@ fn is_unix_stream(socket: impl AsFd) -> Result<bool, Errno> {
 }
 
 /// A new, close-on-exec descriptor of what the number `fd` refers to.
-fn duplicate(fd: RawFd) -> io::Result<OwnedFd> {
+///
+/// # Errors
+/// The number is of no open file, or no further descriptor may be had.
+pub fn duplicate(fd: RawFd) -> io::Result<OwnedFd> {
     let (near, far) = UnixDatagram::pair()?;
     // A number that was free until the line above is not what anybody passed to us.
     if fd == near.as_raw_fd() || fd == far.as_raw_fd() {
@@ -92,7 +95,10 @@ fn duplicate(fd: RawFd) -> io::Result<OwnedFd> {
 
 /// Closes the number `fd`. The standard descriptors become /dev/null instead: a closed one would be
 /// given to the next file that is opened, and the program's output would go there.
-fn release(fd: RawFd) -> io::Result<()> {
+///
+/// # Errors
+/// The number is of no open file.
+pub fn release(fd: RawFd) -> io::Result<()> {
     let null = || std::fs::File::options().read(true).write(true).open("/dev/null");
     match fd {
         0 => rustix::stdio::dup2_stdin(null()?)?,
