@@ -33,6 +33,7 @@ const UNSAFE_HOMES: &[&str] = &[
     "common/src/memory",
     "common/src/engine",
     "common/src/protocol/connection.rs",
+    "vhost-net/src/backend/descriptor.rs",
     "tests/frontend/src/memory.rs",
     "tests/bench/stock/src/disk.rs",
 ];
@@ -46,6 +47,10 @@ const PARSERS: &[&str] = &[
     "common/src/daemon/control.rs",
     "common/src/rate_limit/spec.rs",
     "vhost-blk/src/request.rs",
+    "vhost-net/src/command.rs",
+    "vhost-net/src/header.rs",
+    "vhost-net/src/backend/netlink.rs",
+    "vhost-net/src/backend/spec.rs",
 ];
 
 /// The lints that a parsing module denies.

@@ -1,0 +1,186 @@
+//! The network behind the device: a tap, a macvtap, a stream socket, or nothing.
+//!
+//! Contract: [`Backend::open`] makes every system call that can fail for the operator's reasons, and its errors name the
+//! option, the interface and the likely cause. Afterwards a [`Backend`] is, for each queue pair, a descriptor to receive
+//! from and one to transmit to, whose numbers never change and which never block; what frames may carry
+//! ([`Offloads`]); and a [`Link`]. [`Backend::watch`] keeps the link true, on the main thread.
+//!
+//! What it deliberately does not do: it moves no frame. Queues name operations on its descriptors, and the engine executes
+//! them.
+
+mod descriptor;
+mod error;
+mod link;
+mod macvtap;
+mod netlink;
+pub(crate) mod null;
+mod spec;
+mod tap;
+
+use std::convert::Infallible;
+use std::os::fd::BorrowedFd;
+
+use nix::libc;
+
+pub(crate) use error::OpenError;
+pub(crate) use link::{Link, LinkEvent};
+pub(crate) use null::Null;
+pub(crate) use spec::{BackendSpec, InterfaceName};
+pub(crate) use tap::Tap;
+
+/// What a frame may be when it is handed over: without a checksum, or longer than the wire's.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Offloads {
+    /// The checksum of TCP or UDP is still to be computed. All others need it.
+    pub(crate) csum: bool,
+    /// TCP over IPv4 is still to be segmented.
+    pub(crate) tso4: bool,
+    /// TCP over IPv6 is still to be segmented.
+    pub(crate) tso6: bool,
+    /// What is to be segmented may have ECN set.
+    pub(crate) ecn: bool,
+    /// UDP is still to be fragmented.
+    pub(crate) ufo: bool,
+    /// UDP, over IPv4 and over IPv6, is still to be cut into datagrams. The kernel does both or none.
+    pub(crate) uso: bool,
+}
+
+impl Offloads {
+    /// What both have.
+    #[must_use]
+    pub(crate) fn and(self, other: Self) -> Self {
+        Self {
+            csum: self.csum && other.csum,
+            tso4: self.tso4 && other.tso4,
+            tso6: self.tso6 && other.tso6,
+            ecn: self.ecn && other.ecn,
+            ufo: self.ufo && other.ufo,
+            uso: self.uso && other.uso,
+        }
+    }
+
+    /// As the kernel's TUNSETOFFLOAD has it. Without `csum` there is nothing else, and without segmentation no ECN.
+    fn flags(self) -> u32 {
+        let segments = self.tso4 || self.tso6;
+        let pairs = [
+            (true, libc::TUN_F_CSUM),
+            (self.tso4, libc::TUN_F_TSO4),
+            (self.tso6, libc::TUN_F_TSO6),
+            (self.ecn && segments, libc::TUN_F_TSO_ECN),
+            (self.ufo, libc::TUN_F_UFO),
+            (self.uso, libc::TUN_F_USO4 | libc::TUN_F_USO6),
+        ];
+        pairs.iter().filter(|(has, _)| self.csum && *has).fold(0, |flags, (_, flag)| flags | flag)
+    }
+}
+
+/// How to open a back end.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Settings {
+    /// Queue pairs.
+    pub(crate) pairs: u16,
+    /// `--mtu`: what the interface's is to be.
+    pub(crate) mtu: Option<u16>,
+    /// `--bridge`: of which the interface is to be a port.
+    pub(crate) bridge: Option<InterfaceName>,
+    /// `--mac`: the address of the guest, which a macvtap is to have.
+    pub(crate) address: Option<[u8; 6]>,
+}
+
+/// An open back end.
+#[derive(Debug)]
+pub(crate) enum Backend {
+    /// A tap or a macvtap.
+    Tap(Tap),
+    /// No network.
+    Null(Null),
+}
+
+impl Backend {
+    /// Opens, or makes, what the operator named.
+    pub(crate) fn open(spec: &BackendSpec, settings: Settings) -> Result<Self, OpenError> {
+        match spec {
+            BackendSpec::Tap(name) => Tap::open(name, settings).map(Self::Tap),
+            BackendSpec::TapFds(fds) => Tap::passed(fds, settings).map(Self::Tap),
+            BackendSpec::Macvtap(parent) => Tap::macvtap(parent, settings).map(Self::Tap),
+            BackendSpec::Socket { .. } => Err(OpenError::NotYet),
+            BackendSpec::Null { frame_bytes } => {
+                no_bridge("null", &settings)?;
+                Null::open(*frame_bytes, settings.pairs).map(Self::Null)
+            }
+        }
+    }
+
+    /// What may be handed over in both directions, at most.
+    pub(crate) fn offloads(&self) -> Offloads {
+        match self {
+            Self::Tap(tap) => tap.offloads(),
+            Self::Null(_) => Offloads::default(),
+        }
+    }
+
+    /// The largest payload of a frame, where something is known of it.
+    pub(crate) fn mtu(&self) -> Option<u16> {
+        match self {
+            Self::Tap(tap) => tap.mtu(),
+            Self::Null(_) => None,
+        }
+    }
+
+    /// The address that the guest must have to be reached, where the back end knows one.
+    pub(crate) fn address(&self) -> Option<[u8; 6]> {
+        match self {
+            Self::Tap(tap) => tap.address(),
+            Self::Null(_) => None,
+        }
+    }
+
+    /// Whether the descriptors lead anywhere.
+    pub(crate) fn link(&self) -> &Link {
+        match self {
+            Self::Tap(tap) => tap.link(),
+            Self::Null(null) => null.link(),
+        }
+    }
+
+    /// For each queue pair the descriptor to receive from, then the one to transmit to.
+    pub(crate) fn files(&self) -> Vec<BorrowedFd<'_>> {
+        match self {
+            Self::Tap(tap) => tap.files().flatten().collect(),
+            Self::Null(null) => null.files().flatten().collect(),
+        }
+    }
+
+    /// What the driver has acknowledged: from now on it is handed no more than these `offloads`, and where frames have a
+    /// virtio header on the descriptors, that has `header_bytes`.
+    pub(crate) fn apply(&self, offloads: Offloads, header_bytes: usize) -> rustix::io::Result<()> {
+        match self {
+            Self::Tap(tap) => tap.apply(offloads, header_bytes),
+            Self::Null(_) => Ok(()),
+        }
+    }
+
+    /// Whether the queue of this pair takes part in traffic.
+    pub(crate) fn attach_queue(&self, pair: u16, attached: bool) -> rustix::io::Result<()> {
+        match self {
+            Self::Tap(tap) => tap.attach_queue(pair, attached),
+            Self::Null(_) => Ok(()),
+        }
+    }
+
+    /// Keeps the link true, and tells of each change in order.
+    pub(crate) async fn watch(&self, on_change: impl FnMut(LinkEvent)) -> Infallible {
+        match self {
+            Self::Tap(tap) => tap.watch(on_change).await,
+            Self::Null(_) => std::future::pending().await,
+        }
+    }
+}
+
+/// `--bridge` is for back ends that have an interface.
+fn no_bridge(option: &'static str, settings: &Settings) -> Result<(), OpenError> {
+    match &settings.bridge {
+        None => Ok(()),
+        Some(bridge) => Err(OpenError::NoInterface { option, bridge: bridge.to_string() }),
+    }
+}
