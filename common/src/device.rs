@@ -2,8 +2,8 @@
 //!
 //! A [`Device`] is shared, and what changes of it while rings run (a disk's size, its cache) is read
 //! without waiting; for each ring it opens a [`DeviceQueue`], which one worker
-//! owns. The runtime calls a queue when the driver has kicked it and when an operation has ended;
-//! the queue answers through [`QueueIo`]: it *pops* chains, *submits* operations, and *finishes*
+//! owns. The runtime calls a queue when the driver has kicked it, when an operation has ended, and
+//! at the end of each turn; the queue answers through [`QueueIo`]: it *pops* chains, *submits* operations, and *finishes*
 //! chains. It makes no system call, takes no lock and waits for nothing.
 //!
 //! A queue pops for itself, because only it knows when a buffer is of use: a disk takes what there
@@ -182,6 +182,9 @@ pub trait DeviceQueue: Send + 'static {
     fn process(&mut self, io: &mut QueueIo<'_>);
     /// An operation has ended.
     fn complete(&mut self, done: Completion, io: &mut QueueIo<'_>);
+    /// The queue has been given all that this turn brings it: what it gathered meanwhile can be
+    /// submitted as one. Called in every turn, whether anything has happened or not.
+    fn close_turn(&mut self, _io: &mut QueueIo<'_>) {}
     /// The ring is to stop: finishes or retracts the chains that wait for no operation.
     fn stop(&mut self, _io: &mut QueueIo<'_>) {}
 }

@@ -525,10 +525,12 @@ impl<D: Device> Worker<D> {
         Ok(true)
     }
 
-    /// Publishes, tells, answers, and lets go of rings that have stopped.
+    /// Lets queues submit what they gathered, publishes, tells, answers, and lets go of rings that
+    /// have stopped.
     fn close_turn(&mut self) -> std::io::Result<()> {
         for index in 0..self.rings.len() {
             let Some(ring) = &mut self.rings[index] else { continue };
+            ring.close_turn(&mut *self.engine);
             ring.publish(&mut *self.engine)?;
             if let Some(fault) = ring.engine_fault() {
                 return Err(fault);

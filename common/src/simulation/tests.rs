@@ -19,8 +19,9 @@ struct Echo;
 
 struct EchoQueue {
     out: Vec<Option<Chain>>,
-    /// It also pops when an operation has ended.
+    /// It also pops when an operation has ended, and uses at the end of a turn what ended in it.
     eager: bool,
+    ended: Vec<Chain>,
 }
 
 impl Device for Echo {
@@ -44,7 +45,8 @@ impl Device for Echo {
         Vec::new()
     }
     fn open_queue(&self, index: u16, _features: u64, size: u16) -> EchoQueue {
-        EchoQueue { out: (0..size).map(|_| None).collect(), eager: index > 0 }
+        let out = (0..size).map(|_| None).collect();
+        EchoQueue { out, eager: index > 0, ended: Vec::new() }
     }
 }
 
@@ -66,10 +68,18 @@ impl DeviceQueue for EchoQueue {
 
     fn complete(&mut self, done: Completion, io: &mut QueueIo<'_>) {
         let chain = self.out[usize::from(done.token.slot)].take().expect("a chain that is out");
-        let written = io.writable(&chain).len_bytes() as u32;
-        io.finish(chain, written, Account { kind: 0, bytes: 0, failed: false });
+        self.ended.push(chain);
         if self.eager {
             self.process(io);
+        } else {
+            self.close_turn(io);
+        }
+    }
+
+    fn close_turn(&mut self, io: &mut QueueIo<'_>) {
+        for chain in self.ended.drain(..) {
+            let written = io.writable(&chain).len_bytes() as u32;
+            io.finish(chain, written, Account { kind: 0, bytes: 0, failed: false });
         }
     }
 }

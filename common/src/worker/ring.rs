@@ -256,6 +256,11 @@ impl<Q: DeviceQueue> ActiveRing<Q> {
         self.runnable |= self.turn.more && self.stopped.is_none();
     }
 
+    /// Lets the device submit what it has gathered in this turn.
+    pub(super) fn close_turn(&mut self, engine: &mut dyn Engine) {
+        self.with_queue(engine, DeviceQueue::close_turn);
+    }
+
     fn with_queue(&mut self, engine: &mut dyn Engine, run: impl FnOnce(&mut Q, &mut QueueIo<'_>)) {
         let mut io = QueueIo {
             ring: &mut self.ring,
