@@ -80,6 +80,7 @@ pub(crate) fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Opt
             read_only: line.read_only,
             lock: !line.no_lock,
             cache: line.cache,
+            queue_count: line.num_queues,
             logical_block_bytes: line.logical_block_size,
         },
         serial: line.serial.unwrap_or_default(),
@@ -362,6 +363,7 @@ mod tests {
             read_only: true,
             lock: false,
             cache: CacheMode::Directsync,
+            queue_count: 256,
             logical_block_bytes: Some(2048),
         };
         assert_eq!(options.open, open);

@@ -3,7 +3,10 @@
 //! Each request is executed step by step: one operation at a time, the next one named when the
 //! last has ended. So short reads and writes are continued, a transfer that direct I/O does not take
 //! in one piece goes part by part, a discard works through its segments, and a write becomes stable
-//! before it is answered where the driver sends no flushes.
+//! before it is answered where the driver sends no flushes. Only a sync is not a request's own: one
+//! at a time serves all of the queue that wait for it ([`syncs`]).
+
+mod syncs;
 
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
@@ -18,9 +21,10 @@ use rustix::io::Errno;
 use crate::config::{
     ConfigSpace, QueueLimits, Serial, VIRTIO_BLK_F_FLUSH, features, written_cache,
 };
-use crate::disk::{Disk, IMAGE, Range, Way};
+use crate::disk::{Direct, Disk, IMAGE, Range, Way, sync_file};
 use crate::request::{HEADER_BYTES, KINDS, Kind, Request, Segment, Status};
 use crate::zeroing::{Part, Progress};
+use syncs::Syncs;
 
 /// What nothing moved means: a file that ends before the disk does has been truncated by somebody.
 const ENDS_EARLY: Errno = Errno::NODATA;
@@ -90,7 +94,7 @@ impl Device for BlockDevice {
         self.disk.files()
     }
 
-    fn open_queue(&self, _index: u16, features: u64, queue_size: u16) -> BlockQueue {
+    fn open_queue(&self, index: u16, features: u64, queue_size: u16) -> BlockQueue {
         BlockQueue {
             disk: Arc::clone(&self.disk),
             serial: self.serial,
@@ -98,6 +102,7 @@ impl Device for BlockDevice {
             // writes are stable before they are answered.
             flushes: features & VIRTIO_BLK_F_FLUSH != 0,
             starved: false,
+            syncs: Syncs::new(sync_file(index), queue_size),
             pending: (0..queue_size).map(|_| Pending::default()).collect(),
         }
     }
@@ -111,6 +116,7 @@ pub(crate) struct BlockQueue {
     flushes: bool,
     /// A chain was retracted for want of a bounce buffer.
     starved: bool,
+    syncs: Syncs,
     /// What is under way, by the chain's slot.
     pending: Box<[Pending]>,
 }
@@ -153,7 +159,7 @@ enum Step {
     Transfer(Way),
     /// A part of a segment.
     Zero(Progress, Part),
-    /// The data becoming stable.
+    /// The data becoming stable, by a sync that serves others too.
     Sync,
 }
 
@@ -168,15 +174,27 @@ impl DeviceQueue for BlockQueue {
     }
 
     fn complete(&mut self, done: Completion, io: &mut QueueIo<'_>) {
-        let slot = usize::from(done.token.slot);
-        let work = self.pending[slot].work.take();
-        let Some(work) = work else { unreachable!("{done:?} ends what was never begun") };
-        match self.advance(work, done.result, io) {
-            Next::Step(work) => self.submit(work, io),
-            Next::Done(work, outcome) => self.finish(work, outcome, io),
+        let work = self.take(done.token.slot);
+        match (work.step, done.result) {
+            (Step::Sync, Err(Errno::INTR)) => self.sync(work, io),
+            (Step::Sync, result) => {
+                self.keep(work);
+                self.synced(result.map(drop), io);
+            }
+            _ => match self.advance(work, done.result, io) {
+                Next::Step(work) => self.submit(work, io),
+                Next::Done(work, outcome) => self.finish(work, outcome, io),
+            },
         }
         if self.starved {
             io.again();
+        }
+    }
+
+    fn close_turn(&mut self, io: &mut QueueIo<'_>) {
+        if let Some(slot) = self.syncs.begin() {
+            let work = self.take(slot);
+            self.sync(work, io);
         }
     }
 }
@@ -188,6 +206,40 @@ enum Next {
 }
 
 impl BlockQueue {
+    /// A request under way, out of its slot.
+    fn take(&mut self, slot: u16) -> Work {
+        let work = self.pending[usize::from(slot)].work.take();
+        let Some(work) = work else { unreachable!("slot {slot} has no request under way") };
+        work
+    }
+
+    /// Puts a request into its slot.
+    fn keep(&mut self, work: Work) {
+        let slot = usize::from(work.chain.slot());
+        self.pending[slot].work = Some(work);
+    }
+
+    /// Names the sync that a request carries for all that wait.
+    fn sync(&mut self, work: Work, io: &mut QueueIo<'_>) {
+        let file = self.syncs.file();
+        io.submit(&work.chain, 0, |_| Op::Sync { file });
+        self.keep(work);
+    }
+
+    /// A sync has ended: answers all whom it served.
+    fn synced(&mut self, result: Result<(), Errno>, io: &mut QueueIo<'_>) {
+        if result.is_err() {
+            self.disk.cache().lose();
+        }
+        let served = self.syncs.end();
+        for slot in &served {
+            let work = self.take(*slot);
+            let outcome = result.and_then(|()| self.confirm());
+            self.finish(work, outcome, io);
+        }
+        self.syncs.give_back(served);
+    }
+
     /// Parses a chain and starts what it asks for.
     fn begin(&mut self, chain: Chain, io: &mut QueueIo<'_>) {
         // VIRTIO 1.3, 5.2.6: the status byte is the last device-writable byte.
@@ -304,10 +356,8 @@ impl BlockQueue {
             }
             (Step::Transfer(way), Request::Write { offset }) => {
                 let from = HEADER_BYTES + work.done as usize;
-                let (Way::Straight { len_bytes, .. } | Way::Bounced { len_bytes, .. }) = way;
-                // A write of several parts is synced once, when all are through.
-                let is_all = len_bytes == work.len_bytes;
-                let durable = is_all && self.submits_stable();
+                let len_bytes = way.len_bytes();
+                let durable = self.submits_stable(&work, way);
                 work.written = if durable { Written::Stably } else { Written::Volatile };
                 if matches!(way, Way::Bounced { .. }) {
                     let data = io.readable(&work.chain).slice(from, len_bytes as usize);
@@ -330,18 +380,25 @@ impl BlockQueue {
                 io.submit(&work.chain, 0, |_| Op::Zero { file, offset, len_bytes, zeroing });
             }
             (Step::Transfer(_), _) => unreachable!("only reads and writes move data"),
-            (Step::Sync, _) => {
-                io.submit(&work.chain, 0, |_| Op::Sync { file: IMAGE });
-            }
+            (Step::Sync, _) => self.syncs.wait(work.chain.slot()),
         }
-        let slot = usize::from(work.chain.slot());
-        self.pending[slot].work = Some(work);
+        self.keep(work);
     }
 
-    /// Whether a write that is submitted now is to be stable when it ends.
-    fn submits_stable(&self) -> bool {
+    /// Whether the part of a write that is submitted now is to be stable when it ends, which spares
+    /// it the sync.
+    ///
+    /// Only past the host's cache, where the kernel waits for the very data, makes it stable with
+    /// the same command where the storage has one (FUA), and tells the write itself of its failure.
+    /// What goes through the cache, be it that the disk has it or that the part is less than direct
+    /// I/O takes, is written back by somebody: that failure is told once for each description, on
+    /// which other writes are under way. And a write of several parts is synced once, when all are
+    /// through.
+    fn submits_stable(&self, work: &Work, way: Way) -> bool {
         let cache = self.disk.cache();
-        cache.syncs() && (!self.flushes || cache.submits_stable())
+        let is_all = way.len_bytes() == work.len_bytes;
+        let tells = way.file() == IMAGE && self.disk.direct().is_some_and(Direct::tells_failures);
+        is_all && tells && cache.syncs() && (!self.flushes || cache.submits_stable())
     }
 
     /// Takes in what an operation brought, and says what is next.
@@ -349,11 +406,7 @@ impl BlockQueue {
         match (work.step, result) {
             // The kernel was interrupted before it did anything.
             (_, Err(Errno::INTR)) => Next::Step(work),
-            (Step::Sync, Ok(_)) => self.confirm(work),
-            (Step::Sync, Err(errno)) => {
-                self.disk.cache().lose();
-                Next::Done(work, Err(errno))
-            }
+            (Step::Sync, _) => unreachable!("a sync's end is that of all whom it served"),
             // Its sync may have failed. Other errors are the write's own, as that of a full host is,
             // which an operator can mend.
             (Step::Transfer(_), Err(Errno::IO)) if work.written == Written::Stably => {
@@ -416,15 +469,14 @@ impl BlockQueue {
                 work.step = Step::Sync;
                 Next::Step(work)
             }
-            Written::Stably => self.confirm(work),
+            Written::Stably => Next::Done(work, self.confirm()),
             Written::Volatile | Written::Nothing => Next::Done(work, Ok(())),
         }
     }
 
     /// All that a request was to make stable is, unless the host has lost something.
-    fn confirm(&self, work: Work) -> Next {
-        let outcome = if self.disk.cache().has_lost() { Err(Errno::IO) } else { Ok(()) };
-        Next::Done(work, outcome)
+    fn confirm(&self) -> Result<(), Errno> {
+        if self.disk.cache().has_lost() { Err(Errno::IO) } else { Ok(()) }
     }
 
     /// Answers a request whose operations have ended.

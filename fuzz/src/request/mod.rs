@@ -7,7 +7,7 @@
 
 mod ask;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
@@ -69,7 +69,9 @@ struct Pending {
     writable: Vec<Buffer>,
     /// The driver has written to its memory since.
     changed: bool,
-    /// One of its operations failed.
+    /// It has had operations, syncs aside.
+    operated: bool,
+    /// One of its operations failed, or a sync for it and others.
     failed: bool,
 }
 
@@ -89,6 +91,10 @@ struct Bench<'a, D: Device> {
     broken: bool,
     /// A sync has failed: nothing is called stable any more.
     lost: bool,
+    /// By head: what has had an operation end since the last turn, syncs aside.
+    ended: BTreeSet<u16>,
+    /// A sync has ended since the last turn: whether in vain.
+    synced: Option<bool>,
     indirect: bool,
 }
 
@@ -120,6 +126,8 @@ impl<'a, D: Device> Bench<'a, D> {
             seen: 0,
             broken: false,
             lost: false,
+            ended: BTreeSet::new(),
+            synced: None,
             indirect: features & VIRTIO_F_INDIRECT_DESC != 0,
         }
     }
@@ -175,10 +183,10 @@ impl<'a, D: Device> Bench<'a, D> {
         }
         let table = self.script.bool() && self.indirect;
         let table = table.then_some(place);
-        let (changed, failed) = (false, false);
+        let (changed, operated, failed) = (false, false, false);
         match self.driver.add((&readable, &writable), table, &mut self.random) {
             Some(head) => {
-                let pending = Pending { ask, place, readable, writable, changed, failed };
+                let pending = Pending { ask, place, readable, writable, changed, operated, failed };
                 self.pending.insert(head, pending);
                 if self.driver.publish() {
                     self.stage.kernel().kick(0);
@@ -203,23 +211,34 @@ impl<'a, D: Device> Bench<'a, D> {
         self.seen = self.stage.kernel().submitted();
         self.broken |= self.stage.kernel().errors(0) > 0;
         for used in self.driver.take_used() {
-            let pending = self.pending.remove(&used.head).expect("the driver's books");
+            let mut pending = self.pending.remove(&used.head).expect("the driver's books");
+            // One sync serves all that wait for it: whose own operations had ended before.
+            let waits = pending.operated || pending.ask.due == Due::Flush;
+            if waits && !self.ended.contains(&used.head) && !pending.changed {
+                pending.failed |= self.synced.expect("what nothing has ended for waits for a sync");
+            }
             self.check_answer(&pending, used.written_bytes);
             self.places.push(pending.place);
         }
+        self.ended.clear();
+        self.synced = None;
     }
 
     /// An operation that a request may not ask for, or not there.
-    fn check_operation(&self, operation: &Operation) {
+    fn check_operation(&mut self, operation: &Operation) {
         let (range, writes) = match operation.work {
             Work::Read { offset } => (offset..offset + operation.len_bytes() as u64, false),
-            Work::Write { offset, .. } => (offset..offset + operation.len_bytes() as u64, true),
+            Work::Write { offset, durable } => {
+                assert!(!durable, "through the host's cache: {operation:?}");
+                (offset..offset + operation.len_bytes() as u64, true)
+            }
             Work::Zero { offset, len_bytes, .. } => (offset..offset + len_bytes, true),
             Work::Sync => return,
         };
         assert!(range.end <= self.facts.sectors * SECTOR as u64, "beyond the disk: {operation:?}");
         assert!(!(writes && self.facts.read_only), "a read-only disk: {operation:?}");
-        let pending = &self.pending[&operation.slot];
+        let pending = self.pending.get_mut(&operation.slot).expect("the driver's books");
+        pending.operated = true;
         if pending.changed {
             return;
         }
@@ -298,18 +317,15 @@ impl<'a, D: Device> Bench<'a, D> {
             Err(Errno::INTR) => true,
             Err(errno) => errno == Errno::OPNOTSUPP && zeroes,
         };
-        // A write that ends short is gone on with, and synced if it must be.
-        let (promises, syncs) = match operation.work {
-            Work::Write { durable, .. } => (durable && result == Ok(whole), durable),
-            work => (matches!(work, Work::Sync) && result.is_ok(), matches!(work, Work::Sync)),
-        };
-        if let Some(pending) = self.pending.get_mut(&operation.slot) {
-            pending.failed |= !survived || (promises && self.lost);
+        if operation.work != Work::Sync {
+            self.ended.insert(operation.slot);
+            if let Some(pending) = self.pending.get_mut(&operation.slot) {
+                pending.failed |= !survived;
+            }
+        } else if result != Err(Errno::INTR) {
+            self.lost |= result.is_err();
+            self.synced = Some(self.lost);
         }
-        self.lost |= match result {
-            Err(Errno::INTR) | Ok(_) => false,
-            Err(errno) => syncs && (errno == Errno::IO || matches!(operation.work, Work::Sync)),
-        };
         self.stage.kernel().end(operation.number, result);
     }
 

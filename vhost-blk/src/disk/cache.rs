@@ -5,13 +5,13 @@
 //! a flush only, or write-through, where it is stable when it is answered.
 //!
 //! Contract: whoever executes writes asks [`WriteCache::submits_stable`] when it names a write that
-//! would be the last of its request, and [`WriteCache::must_sync`] before it answers a request of
+//! could be stable by itself and is the whole of its request, and [`WriteCache::must_sync`] before it answers a request of
 //! which something was not written stably. So a write is stable if the cache is write-through at
 //! either end of it. VIRTIO 1.3, 5.2.6.2 leaves a switch in the middle of a write undefined; but
 //! drivers do switch while writes are in flight, and send no flush ever after.
 //!
-//! A host that fails a sync forgets what it had not written: it tells so once, and a second sync
-//! succeeds although the data is gone. So nothing is called stable any more once a sync has failed
+//! A host that fails a sync forgets what it had not written: it tells so once for each open
+//! description, and a second sync there succeeds although the data is gone. So nothing is called stable any more once a sync has failed
 //! ([`WriteCache::lose`]), until the daemon is started anew.
 //!
 //! What it does not do: any I/O. [`WriteCache::settle`] is given the sync to make.
@@ -113,8 +113,8 @@ impl WriteCache {
     }
 
     /// Whether something may be lost that a driver was to find stable. Asked before it is told that
-    /// something is: also by who has just had a sync that succeeded, since the one that failed may
-    /// have been told of the data of both.
+    /// something is: also by who has just had a sync that succeeded, since the data may be that of
+    /// which an earlier one was told.
     pub(crate) fn has_lost(&self) -> bool {
         self.lost.load(Ordering::Relaxed)
     }

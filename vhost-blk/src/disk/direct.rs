@@ -31,8 +31,13 @@ use super::SECTOR_BYTES;
 
 /// The description that operations use, in the list that the engine is given.
 pub(crate) const IMAGE: FileIndex = FileIndex(0);
-/// With direct I/O, the description for what is less than a unit.
+/// The description for what is less than a unit; without direct I/O it is the same.
 pub(crate) const BUFFERED: FileIndex = FileIndex(1);
+
+/// The description on which a queue syncs. Its own, see `device/syncs.rs`.
+pub(crate) fn sync_file(queue_index: u16) -> FileIndex {
+    FileIndex(BUFFERED.0 + 1 + u32::from(queue_index))
+}
 
 /// Largest block that is served: the page size of some hosts, and the largest logical block of
 /// Linux. A bounce buffer holds at least one, misaligned at both ends.
@@ -47,6 +52,8 @@ pub(crate) struct Direct {
     block: u64,
     /// What is written directly is a multiple of this, at a multiple of it.
     unit: u64,
+    /// See [`Direct::tells_failures`].
+    tells: bool,
 }
 
 /// How the next part of a transfer moves.
@@ -57,6 +64,22 @@ pub(crate) enum Way {
     /// So many bytes of the file from `start` on, directly, and the bounce buffer; of these, those
     /// from `skip` on are the request's.
     Bounced { start: u64, len_bytes: u64, skip: u64 },
+}
+
+impl Way {
+    /// The description on which it moves.
+    pub(crate) fn file(self) -> FileIndex {
+        match self {
+            Self::Straight { file, .. } => file,
+            Self::Bounced { .. } => IMAGE,
+        }
+    }
+
+    /// How many bytes it moves on it.
+    pub(crate) fn len_bytes(self) -> u64 {
+        let (Self::Straight { len_bytes, .. } | Self::Bounced { len_bytes, .. }) = self;
+        len_bytes
+    }
 }
 
 /// A range of the disk, in bytes.
@@ -78,20 +101,31 @@ impl Range {
 
 impl Direct {
     /// By the alignment in bytes of memory and of offsets; `None` where they are none that we can
-    /// serve.
-    pub(super) fn new(memory: u32, block: u32, page: usize) -> Option<Self> {
+    /// serve. `tells`: see [`tells_failures`](Self::tells_failures).
+    pub(super) fn new(memory: u32, block: u32, page: usize, tells: bool) -> Option<Self> {
         let served = memory.is_power_of_two()
             && memory as usize <= BOUNCE_ALIGNMENT
             && block.is_power_of_two()
             && block <= BLOCK_BYTES_MAX;
         let block = u64::from(block).max(SECTOR_BYTES);
         let unit = if block > SECTOR_BYTES { block.max(page as u64) } else { block };
-        served.then_some(Self { memory: memory as usize, block, unit })
+        served.then_some(Self { memory: memory as usize, block, unit, tells })
     }
 
     /// The block that requests must be made of to avoid detours.
     pub(super) fn block_bytes(self) -> u64 {
         self.block
+    }
+
+    /// Whether a durable write through [`IMAGE`] is told of its own failure, because it goes past
+    /// the host's cache. Some file systems take direct I/O and yet go through the cache (btrfs, for
+    /// files with checksums), where failures are told to whoever syncs first on the description.
+    ///
+    /// What nobody can see: a single write that the kernel sends through the cache after all, since
+    /// somebody holds a page of its range or the file has a layout of old. If writing that back
+    /// fails, another durable write may be told of it, and this one answered just before.
+    pub(crate) fn tells_failures(self) -> bool {
+        self.tells
     }
 
     /// What is zeroed by writing zeros directly is a multiple of this.
@@ -157,8 +191,8 @@ mod tests {
     use super::*;
 
     const BOUNCE: u64 = BOUNCE_BYTES as u64;
-    const OF_SECTORS: Direct = Direct { memory: 512, block: 512, unit: 512 };
-    const OF_PAGES: Direct = Direct { memory: 4, block: 4096, unit: 4096 };
+    const OF_SECTORS: Direct = Direct { memory: 512, block: 512, unit: 512, tells: true };
+    const OF_PAGES: Direct = Direct { memory: 4, block: 4096, unit: 4096, tells: true };
 
     fn range(offset: u64, len_bytes: u64) -> Range {
         Range { offset, len_bytes }
@@ -166,7 +200,7 @@ mod tests {
 
     #[test]
     fn unit_is_a_page_where_a_block_is_more_than_a_sector() {
-        let unit = |block, page| Direct::new(4, block, page).map(Direct::unit_bytes);
+        let unit = |block, page| Direct::new(4, block, page, true).map(Direct::unit_bytes);
         assert_eq!(unit(1, 4096), Some(512));
         assert_eq!(unit(512, 4096), Some(512));
         assert_eq!(unit(1024, 4096), Some(4096));
@@ -179,7 +213,7 @@ mod tests {
     fn alignments_that_no_buffer_has_are_none() {
         for (memory, block) in [(0, 512), (3, 512), (8192, 512), (512, 0), (512, 513), (4, 131_072)]
         {
-            assert_eq!(Direct::new(memory, block, 4096), None, "{memory} {block}");
+            assert_eq!(Direct::new(memory, block, 4096, true), None, "{memory} {block}");
         }
     }
 
@@ -218,7 +252,8 @@ mod tests {
 
     #[test]
     fn every_transfer_gets_to_its_end_by_ways_that_the_host_takes() {
-        let small = [OF_SECTORS, OF_PAGES, Direct { memory: 4, block: 1024, unit: 4096 }];
+        let small =
+            [OF_SECTORS, OF_PAGES, Direct { memory: 4, block: 1024, unit: 4096, tells: true }];
         for direct in small {
             for offset in (0..16).map(|sector| sector * 512) {
                 for len in (1..40).chain([255, 256, 257, 600]).map(|sectors| sectors * 512) {

@@ -37,7 +37,7 @@ use crate::zeroing::ZeroBlocks;
 pub(crate) use block_device::DeviceError;
 use block_device::{BlockDevice, SYSFS};
 pub(crate) use cache::{CacheMode, WriteCache};
-pub(crate) use direct::{BUFFERED, Direct, IMAGE, Range, Way};
+pub(crate) use direct::{BUFFERED, Direct, IMAGE, Range, Way, sync_file};
 pub(crate) use geometry::Geometry;
 use lock::ImageLock;
 pub(crate) use lock::LockError;
@@ -134,6 +134,8 @@ pub(crate) struct OpenOptions {
     pub(crate) lock: bool,
     /// How the host's cache is used.
     pub(crate) cache: CacheMode,
+    /// Queues, each of which syncs on a description of its own.
+    pub(crate) queue_count: u16,
     /// The logical block that the driver is told of, in bytes: a power of two. None: that of the
     /// device, or a sector for a file.
     pub(crate) logical_block_bytes: Option<u32>,
@@ -142,7 +144,7 @@ pub(crate) struct OpenOptions {
 impl Default for OpenOptions {
     fn default() -> Self {
         let cache = CacheMode::default();
-        Self { read_only: false, lock: true, cache, logical_block_bytes: None }
+        Self { read_only: false, lock: true, cache, queue_count: 1, logical_block_bytes: None }
     }
 }
 
@@ -240,6 +242,10 @@ pub(crate) struct Disk {
     file: Option<File>,
     /// With direct I/O, another description of the same file, without it: [`BUFFERED`].
     buffered: Option<File>,
+    /// More descriptions, only ever synced: [`sync_file`] of each queue, and the last for who
+    /// settles. Linux tells each of them of a failure, however many the others are told. None where
+    /// nothing is synced.
+    syncs: Vec<File>,
     direct: Option<Direct>,
     cache: WriteCache,
     /// What the host deallocates or zeroes in one call is a multiple of this, in bytes.
@@ -269,6 +275,7 @@ impl Disk {
         Ok(Disk {
             file: None,
             buffered: None,
+            syncs: Vec::new(),
             direct: None,
             cache: WriteCache::new(options.cache.caching()),
             zeroed_bytes: 1,
@@ -301,8 +308,12 @@ impl Disk {
         };
 
         let caching = options.cache.caching();
-        let unbuffered =
-            caching.direct.then(|| open_direct(path, &stat, options.read_only)).transpose()?;
+        let again = |flags| open_again(path, &stat, options.read_only, flags);
+        let unbuffered = caching.direct.then(|| open_direct(path, again)).transpose()?;
+        // All from the beginning: a description is told of failures since it was opened.
+        let sync_count = if caching.syncs { usize::from(options.queue_count) + 1 } else { 0 };
+        let syncs: Vec<File> =
+            (0..sync_count).map(|_| again(OFlags::empty())).collect::<Result<_, _>>()?;
 
         // Seeking works on block devices too, where the length in the status is zero.
         let len_bytes = rustix::fs::seek(&file, SeekFrom::End(0)).map_err(measure)?;
@@ -328,6 +339,7 @@ impl Disk {
         Ok(Disk {
             file: Some(file),
             buffered,
+            syncs,
             direct,
             cache: WriteCache::new(caching),
             zeroed_bytes: device_block.map_or(1, u64::from),
@@ -343,9 +355,13 @@ impl Disk {
         self.file.as_ref().map(AsFd::as_fd)
     }
 
-    /// The descriptions that operations name: [`IMAGE`] and, with direct I/O, [`BUFFERED`].
+    /// The descriptions that operations name: [`IMAGE`], [`BUFFERED`], and [`sync_file`] of each
+    /// queue.
     pub(crate) fn files(&self) -> Vec<BorrowedFd<'_>> {
-        [&self.file, &self.buffered].into_iter().flatten().map(AsFd::as_fd).collect()
+        let Some(image) = &self.file else { return Vec::new() };
+        let buffered = self.buffered.as_ref().unwrap_or(image);
+        let queues = self.syncs.split_last().map_or(&[][..], |(_, queues)| queues);
+        [image, buffered].into_iter().chain(queues).map(AsFd::as_fd).collect()
     }
 
     /// What direct I/O on [`IMAGE`] demands; `None` where it uses the host's cache.
@@ -386,14 +402,17 @@ impl Disk {
 
     /// Makes what was answered before a switch to write-through stable, since no flush will come.
     ///
+    /// On a description of its own: what the host has lost, this sync is told of too, whoever else
+    /// was told.
+    ///
     /// On a thread of its own: a front end may stop its whole guest until its message is answered
     /// (QEMU does), which a sync of all that the host has cached must not prolong. Until it has
     /// ended, each write is followed by a sync ([`WriteCache::must_sync`]).
     fn settle(self: &Arc<Self>) {
         let disk = Arc::clone(self);
         let sync = move || {
-            let file = disk.file.as_ref();
-            let synced = disk.cache.settle(|| file.map_or(Ok(()), File::sync_data));
+            let own = disk.syncs.last();
+            let synced = disk.cache.settle(|| own.map_or(Ok(()), File::sync_data));
             if let Err(error) = synced {
                 warn!(%error, "what the guest wrote before is lost: writes fail from now on");
             }
@@ -443,10 +462,12 @@ impl Disk {
 #[cfg(test)]
 impl Disk {
     /// The disk as if it had been opened in another mode, for who simulates the host. `direct`: the
-    /// alignments of memory and blocks that direct I/O demands; `called`: see [`ZeroBlocks`].
-    pub(crate) fn simulate(self, mode: CacheMode, direct: (u32, u32), called: u64) -> Disk {
+    /// alignments of memory and blocks that direct I/O demands, and whether it
+    /// [`tells_failures`](Direct::tells_failures); `called`: see [`ZeroBlocks`].
+    pub(crate) fn simulate(self, mode: CacheMode, direct: (u32, u32, bool), called: u64) -> Disk {
         let caching = mode.caching();
-        let direct = Direct::new(direct.0, direct.1, 4096).filter(|_| caching.direct);
+        let (memory, block, tells) = direct;
+        let direct = Direct::new(memory, block, 4096, tells).filter(|_| caching.direct);
         Disk { direct, zeroed_bytes: called, cache: WriteCache::new(caching), ..self }
     }
 }
@@ -492,25 +513,37 @@ fn open_description(path: &Path, read_only: bool) -> Result<File, OpenError> {
     }
 }
 
-/// Opens another description of the file that `stat` is of, for direct I/O.
-fn open_direct(path: &Path, stat: &rustix::fs::Stat, read_only: bool) -> Result<File, OpenError> {
+/// Opens another description of the file that `stat` is of.
+fn open_again(
+    path: &Path,
+    stat: &rustix::fs::Stat,
+    read_only: bool,
+    flags: OFlags,
+) -> Result<File, OpenError> {
+    let open =
+        |errno: rustix::io::Errno| OpenError::Open { path: path.to_owned(), source: errno.into() };
     let access = if read_only { OFlags::RDONLY } else { OFlags::RDWR };
-    let flags = access | OFlags::DIRECT | OFlags::CLOEXEC;
-    let description = match rustix::fs::open(path, flags, Mode::empty()) {
-        Ok(description) => description,
-        Err(rustix::io::Errno::INVAL) => {
-            return Err(OpenError::NoDirectIo { path: path.to_owned() });
-        }
-        Err(errno) => {
-            return Err(OpenError::Open { path: path.to_owned(), source: errno.into() });
-        }
-    };
+    let flags = access | flags | OFlags::CLOEXEC;
+    let description = rustix::fs::open(path, flags, Mode::empty()).map_err(open)?;
     let again = rustix::fs::fstat(&description)
         .map_err(|errno| OpenError::Measure { path: path.to_owned(), source: errno.into() })?;
     if (again.st_dev, again.st_ino) != (stat.st_dev, stat.st_ino) {
         return Err(OpenError::Replaced { path: path.to_owned() });
     }
     Ok(File::from(description))
+}
+
+/// Opens another description for direct I/O.
+fn open_direct(
+    path: &Path,
+    again: impl Fn(OFlags) -> Result<File, OpenError>,
+) -> Result<File, OpenError> {
+    again(OFlags::DIRECT).map_err(|error| match error {
+        OpenError::Open { source, .. } if source.kind() == io::ErrorKind::InvalidInput => {
+            OpenError::NoDirectIo { path: path.to_owned() }
+        }
+        error => error,
+    })
 }
 
 /// What direct I/O on a file demands. The kernel says so since 6.1; before, the logical block of a
@@ -521,16 +554,19 @@ fn alignment(
     device_block: Option<u32>,
 ) -> Result<Direct, OpenError> {
     let unknown = device_block.unwrap_or(FILE_DIRECT_BYTES);
-    let told = rustix::fs::statx(description, "", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN)
+    let known = rustix::fs::statx(description, "", AtFlags::EMPTY_PATH, StatxFlags::DIOALIGN)
         .ok()
         .filter(|told| told.stx_mask & StatxFlags::DIOALIGN.bits() != 0);
-    let (memory_bytes, block_bytes) =
-        told.map_or((unknown, unknown), |told| (told.stx_dio_mem_align, told.stx_dio_offset_align));
+    let (memory_bytes, block_bytes) = known
+        .map_or((unknown, unknown), |told| (told.stx_dio_mem_align, told.stx_dio_offset_align));
     if (memory_bytes, block_bytes) == (0, 0) {
         // Opening was allowed, yet the data would go through the page cache.
         return Err(OpenError::NoDirectIo { path: path.to_owned() });
     }
-    Direct::new(memory_bytes, block_bytes, rustix::param::page_size())
+    // A kernel that tells tells of no file whose file system goes through the cache all the same; a
+    // device's own direct I/O never does.
+    let tells = known.is_some() || device_block.is_some();
+    Direct::new(memory_bytes, block_bytes, rustix::param::page_size(), tells)
         .ok_or_else(|| OpenError::Alignment { path: path.to_owned(), memory_bytes, block_bytes })
 }
 

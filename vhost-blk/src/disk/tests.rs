@@ -9,14 +9,18 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use common::device::Refreshed;
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{Mode, OFlags, SeekFrom};
 
-use super::{CacheMode, Disk, DiskSpec, LockError, OpenError, OpenOptions, SpecError};
+use super::{
+    CacheMode, Disk, DiskSpec, IMAGE, LockError, OpenError, OpenOptions, SpecError, open_again,
+    sync_file,
+};
 
 const WRITABLE: OpenOptions = OpenOptions {
     read_only: false,
     lock: true,
     cache: CacheMode::Writeback,
+    queue_count: 2,
     logical_block_bytes: None,
 };
 const READ_ONLY: OpenOptions = OpenOptions { read_only: true, ..WRITABLE };
@@ -115,7 +119,7 @@ fn is_direct(descriptor: BorrowedFd<'_>) -> bool {
 }
 
 #[test]
-fn direct_io_has_a_second_description_of_the_same_file_without_it() {
+fn operations_have_descriptions_of_one_file_of_which_direct_io_is_the_first() {
     let directory = tempfile::tempdir().unwrap();
     let spec = file_of(&directory, 1 << 20);
     for cache in [CacheMode::None, CacheMode::Directsync] {
@@ -130,17 +134,51 @@ fn direct_io_has_a_second_description_of_the_same_file_without_it() {
                 Err(error) => panic!("{error}"),
             };
             let files = disk.files();
-            assert_eq!(files.iter().copied().map(is_direct).collect::<Vec<_>>(), [true, false]);
-            let inode = |file| rustix::fs::fstat(file).unwrap().st_ino;
-            assert_eq!(inode(files[0]), inode(files[1]));
+            let direct: Vec<bool> = files.iter().copied().map(is_direct).collect();
+            assert_eq!(direct, [true, false, false, false], "two queues");
+            let inode = |file: &BorrowedFd<'_>| rustix::fs::fstat(file).unwrap().st_ino;
+            assert!(files.iter().all(|file| inode(file) == inode(&files[0])));
             assert!(disk.direct().is_some());
         }
     }
     for cache in [CacheMode::Writeback, CacheMode::Writethrough, CacheMode::Unsafe] {
         let disk = Disk::open(&spec, OpenOptions { cache, ..WRITABLE }).unwrap();
-        assert_eq!(disk.files().into_iter().map(is_direct).collect::<Vec<_>>(), [false]);
+        assert!(!disk.files().into_iter().any(is_direct));
         assert_eq!(disk.direct(), None);
     }
+}
+
+#[test]
+fn each_queue_has_a_description_of_its_own_to_sync() {
+    let directory = tempfile::tempdir().unwrap();
+    let spec = file_of(&directory, 1 << 20);
+    let disk = Disk::open(&spec, OpenOptions { queue_count: 3, ..WRITABLE }).unwrap();
+    let files = disk.files();
+    // What is done to the offset of one description is not seen on another.
+    let syncs: Vec<_> = (0..3).map(|queue| files[sync_file(queue).0 as usize]).collect();
+    for (at, file) in (1..).zip(&syncs) {
+        rustix::fs::seek(file, SeekFrom::Start(at)).unwrap();
+    }
+    let offsets = [files[IMAGE.0 as usize]]
+        .into_iter()
+        .chain(syncs)
+        .map(|file| rustix::fs::tell(file).unwrap());
+    let end = 1 << 20;
+    assert_eq!(offsets.collect::<Vec<_>>(), [end, 1, 2, 3]);
+    let disk = Disk::open(&spec, OpenOptions { cache: CacheMode::Unsafe, lock: false, ..WRITABLE });
+    assert_eq!(disk.unwrap().files().len(), 2, "nothing is ever synced");
+}
+
+#[test]
+fn file_that_was_replaced_while_it_was_opened_is_not_mixed_with_the_new_one() {
+    let directory = tempfile::tempdir().unwrap();
+    let DiskSpec::File(path) = file_of(&directory, 4096) else { unreachable!("it makes files") };
+    let before = rustix::fs::stat(&path).unwrap();
+    let other = directory.path().join("other.img");
+    File::create(&other).unwrap();
+    std::fs::rename(&other, &path).unwrap();
+    let refused = open_again(&path, &before, false, OFlags::empty()).unwrap_err();
+    assert!(matches!(refused, OpenError::Replaced { .. }), "{refused}");
 }
 
 #[test]
@@ -232,7 +270,8 @@ fn descriptors_do_not_pass_to_children() {
             .filter(|line| line.ends_with(&*image.to_string_lossy()))
             .count()
     };
-    assert_eq!(open_in(&std::process::id().to_string()), 2, "one for I/O, one for the locks");
+    let all = "for I/O, for the locks, for the syncs of two queues, and for who settles";
+    assert_eq!(open_in(&std::process::id().to_string()), 5, "{all}");
     assert_eq!(open_in("self"), 0, "what ls, our child, has");
     drop(disk);
 }

@@ -5,6 +5,7 @@ use common::simulation::{Operation, Work};
 use rustix::io::Errno;
 
 use super::mode::PAGE;
+use super::storage::Description;
 use super::world::{World, writes};
 
 /// What becomes of operations.
@@ -31,6 +32,15 @@ pub(super) struct Progress {
     pub(super) submitted: u64,
     /// It has reached the disk: how it will end, and what it has read.
     pub(super) done: Option<(Result<u32, Errno>, Vec<u8>)>,
+}
+
+/// A sync that has ended: it serves the requests of its queue that waited when it was submitted.
+pub(super) struct Synced {
+    /// The slot of the request that carried it.
+    pub(super) carrier: u16,
+    pub(super) submitted: u64,
+    /// It made nothing stable, or nothing is called so any more.
+    pub(super) failed: bool,
 }
 
 impl World {
@@ -101,6 +111,7 @@ impl World {
     /// What an operation does to the disk: its result, and what it has read.
     fn execute(&mut self, operation: &Operation, fate: Fate) -> (Result<u32, Errno>, Vec<u8>) {
         let (number, granule) = (operation.number, self.mode.granule(operation.file));
+        let description = Description::File(operation.file.0);
         match (operation.work, fate) {
             (_, Fate::Interrupted) => (Err(Errno::INTR), Vec::new()),
             (Work::Read { offset }, fate) => {
@@ -108,18 +119,25 @@ impl World {
                 let bytes = self.storage.read(offset, len_bytes);
                 (fate.result(bytes.len()), bytes)
             }
-            (Work::Write { offset, .. }, fate) => {
+            (Work::Write { offset, durable }, fate) => {
                 let bytes = operation.bytes();
                 let len_bytes = self.part(bytes.len(), granule, fate);
                 self.storage.write(number, offset, &bytes[..len_bytes]);
-                (fate.result(len_bytes), Vec::new())
+                let result = fate.result(len_bytes);
+                if !durable || result.is_err() {
+                    return (result, Vec::new());
+                }
+                self.storage.held(number);
+                // Where the storage has no command for it, the kernel syncs on the description.
+                let syncs = self.random.once_in(2) && self.storage.tells(description);
+                (if syncs { Err(Errno::IO) } else { result }, Vec::new())
             }
             (Work::Zero { offset, len_bytes, zeroing: Zeroing::Write }, fate) => {
                 let len_bytes = self.part(len_bytes as usize, granule, fate);
                 self.storage.write(number, offset, &vec![0; len_bytes]);
                 (fate.result(len_bytes), Vec::new())
             }
-            (Work::Sync | Work::Zero { .. }, Fate::Failed(errno)) => (Err(errno), Vec::new()),
+            (Work::Zero { .. }, Fate::Failed(errno)) => (Err(errno), Vec::new()),
             (Work::Zero { zeroing, .. }, _) if !self.mode.can(zeroing) => {
                 (Err(Errno::OPNOTSUPP), Vec::new())
             }
@@ -127,7 +145,17 @@ impl World {
                 self.storage.write(number, offset, &vec![0; len_bytes as usize]);
                 (Ok(0), Vec::new())
             }
-            (Work::Sync, _) => (Ok(0), Vec::new()),
+            (Work::Sync, fate) => {
+                if let Fate::Failed(_) = fate {
+                    self.tell("failed", &());
+                    self.storage.fail();
+                }
+                if self.storage.tells(description) {
+                    return (fate.result(0).and(Err(Errno::IO)), Vec::new());
+                }
+                self.storage.synced(self.operations[&number].submitted);
+                (Ok(0), Vec::new())
+            }
         }
     }
 
@@ -162,28 +190,35 @@ impl World {
         self.now += 1;
         operation.fill(&read);
         match operation.work {
-            Work::Sync if result.is_ok() => self.storage.synced(known.submitted),
-            Work::Write { durable, .. } if result.is_ok() => {
-                self.storage.ended(operation.number, self.now, durable);
+            Work::Write { .. } | Work::Zero { .. } if result.is_ok() => {
+                self.storage.ended(operation.number, self.now);
             }
-            Work::Zero { .. } if result.is_ok() => {
-                self.storage.ended(operation.number, self.now, false);
-            }
-            Work::Sync if result != Err(Errno::INTR) => self.lose(),
+            Work::Sync if result.is_err() && result != Err(Errno::INTR) => self.lose(),
             Work::Write { durable: true, .. } if result == Err(Errno::IO) => self.lose(),
             _ => {}
         }
-        self.blame(operation, result);
+        match operation.work {
+            Work::Sync => self.sync_ended(operation, known.submitted, result),
+            _ => self.blame(operation, result),
+        }
         self.tell("ended", &(operation.number, result));
         self.stage.kernel().end(operation.number, result);
         true
     }
 
-    /// A sync has failed, and with it the host has forgotten what it was to write.
+    /// The device is told that a sync has failed.
     pub(super) fn lose(&mut self) {
         self.tell("lost", &());
         self.lost = true;
-        self.storage.sync_failed();
+    }
+
+    /// Notes how a sync has ended, for those whom it served.
+    fn sync_ended(&mut self, operation: &Operation, submitted: u64, result: Result<u32, Errno>) {
+        if result != Err(Errno::INTR) {
+            let ring = &mut self.rings[usize::from(operation.queue)];
+            let (carrier, failed) = (operation.slot, result.is_err() || self.lost);
+            ring.synced = Some(Synced { carrier, submitted, failed });
+        }
     }
 
     /// Notes what an operation's end means for its request.
@@ -191,6 +226,7 @@ impl World {
         let ring = &mut self.rings[usize::from(operation.queue)];
         let request = ring.requests.get_mut(&operation.slot);
         let request = request.expect("an operation serves a request that the device has");
+        request.ended = Some(self.now);
         let moves = matches!(
             operation.work,
             Work::Read { .. } | Work::Write { .. } | Work::Zero { zeroing: Zeroing::Write, .. }
@@ -199,7 +235,7 @@ impl World {
         // A write that ended short is gone on with, and synced if it must be.
         let promises = |bytes: u32| match operation.work {
             Work::Write { durable, .. } => durable && bytes as usize == operation.len_bytes(),
-            work => matches!(work, Work::Sync),
+            _ => false,
         };
         match result {
             Ok(bytes) if self.lost && promises(bytes) => request.failed = true,

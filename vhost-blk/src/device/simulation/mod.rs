@@ -35,7 +35,7 @@ fn device(mode: Mode, queue_count: u16) -> BlockDevice {
     file.as_file().set_len((mode.scale.disk_sectors * SECTOR) as u64).expect("its length");
     let options = OpenOptions { lock: false, ..OpenOptions::default() };
     let disk = Disk::open(&DiskSpec::File(file.path().to_owned()), options).expect("a disk");
-    let disk = disk.simulate(mode.cache, mode.direct, mode.called);
+    let disk = disk.simulate(mode.cache, (mode.direct.0, mode.direct.1, mode.tells), mode.called);
     let serial = "simulated disk".parse().expect("a serial number");
     BlockDevice::new(disk, serial, QueueLimits { count: queue_count, size_max: RING_SIZE_MAX })
 }

@@ -5,7 +5,7 @@ use common::simulation::{Operation, Random, Work};
 
 use super::storage::SECTOR;
 use crate::config::VIRTIO_BLK_F_FLUSH;
-use crate::disk::{BUFFERED, CacheMode, IMAGE};
+use crate::disk::{BUFFERED, CacheMode, IMAGE, sync_file};
 
 /// Pages of the host's cache, which direct I/O must not share with it.
 pub(super) const PAGE: u64 = 4096;
@@ -18,6 +18,8 @@ pub(super) struct Mode {
     pub(super) flushes: bool,
     /// What direct I/O demands of memory and of blocks, in bytes, where the mode has it.
     pub(super) direct: (u32, u32),
+    /// Direct I/O is for certain.
+    pub(super) tells: bool,
     /// What the host zeroes in one call is a multiple of this: more than a byte for block devices.
     pub(super) called: u64,
     /// What the host can do besides reading and writing.
@@ -58,6 +60,7 @@ impl Mode {
             cache: caches[seed as usize % caches.len()],
             flushes: !random.once_in(3),
             direct,
+            tells: !random.once_in(4),
             // A block device's block is that of its direct I/O.
             called: if random.once_in(2) { 1 } else { u64::from(direct.1) },
             can_punch: random.once_in(2),
@@ -108,7 +111,12 @@ impl Mode {
         };
         let len_bytes = operation.len_bytes() as u64;
         let takes = match operation.work {
-            Work::Sync => true,
+            Work::Sync => operation.file == sync_file(operation.queue),
+            Work::Write { durable: true, .. }
+                if !(self.is_direct() && self.tells && operation.file == IMAGE) =>
+            {
+                false
+            }
             Work::Zero { offset, len_bytes, zeroing: Zeroing::Deallocate | Zeroing::Keep } => {
                 is_whole(offset, len_bytes, self.called) && operation.file == IMAGE
             }

@@ -80,8 +80,10 @@ pub(super) struct GuestRequest {
     before: Vec<u8>,
     /// When it was made.
     pub(super) began: u64,
-    /// One of its operations failed.
+    /// One of its operations failed, or a sync for it and others.
     pub(super) failed: bool,
+    /// When the last of its operations has ended, syncs aside.
+    pub(super) ended: Option<u64>,
     /// Bytes that its operations have read for it.
     pub(super) moved: usize,
 }
@@ -231,7 +233,17 @@ impl GuestRequest {
             rest = later;
         }
         let before = guest.read(place, len_bytes);
-        Self { ask, place, readable, writable, before, began: 0, failed: false, moved: 0 }
+        let (began, failed, ended, moved) = (0, false, None, 0);
+        Self { ask, place, readable, writable, before, began, failed, ended, moved }
+    }
+
+    /// Whether it waited for a sync at this time, if it is answered when that has ended: nothing else
+    /// that had ended by then is still to be answered.
+    pub(super) fn waited_at(&self, submitted: u64) -> bool {
+        match self.ended {
+            Some(ended) => ended <= submitted,
+            None => matches!(self.ask, Ask::Flush),
+        }
     }
 
     /// An operation has read so many bytes of the disk from `offset` on; how many of them the

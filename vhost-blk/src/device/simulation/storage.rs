@@ -2,9 +2,11 @@
 //!
 //! Contract: what an operation has written is seen by all that come later, but a power cut may undo
 //! it, sector by sector and each on its own, until it is stable. Stable is what a durable write has
-//! written when it ends, and what had ended when a sync was submitted that has ended. Of versions that
-//! are not, a cut leaves any. A sync that fails forgets what was written, as Linux does: no later one makes
-//! up for it.
+//! written, and what had ended when a sync was submitted that is done. Of versions that are not, a cut
+//! leaves any. The disk may fail to write what is not stable, and forgets it then, as Linux does: no later
+//! sync makes up for it. It tells so once on each description, whoever asks there first.
+
+use std::collections::BTreeMap;
 
 use crate::disk::SECTOR_BYTES;
 
@@ -17,6 +19,19 @@ pub(super) type Content = [u8; SECTOR];
 /// See the module's head.
 pub(super) struct Storage {
     sectors: Vec<Vec<Version>>,
+    /// Times that it failed to write.
+    failures: u64,
+    /// By description: of how many of them it was told.
+    told: BTreeMap<Description, u64>,
+}
+
+/// Who is told of failures: an open description of the disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Description {
+    /// One that operations name, by its number.
+    File(u32),
+    /// That of who settles the cache.
+    Settling,
 }
 
 /// What was once in a sector. The first of its versions is stable, the last is what is read.
@@ -26,7 +41,7 @@ struct Version {
     by: u64,
     /// When that ended.
     ended: Option<u64>,
-    /// A sync of it has failed: the host has forgotten that it is to be written.
+    /// Writing it has failed: the host has forgotten that it is to be written.
     forgotten: bool,
 }
 
@@ -35,7 +50,8 @@ impl Storage {
     pub(super) fn new(contents: impl Iterator<Item = Content>) -> Self {
         let version =
             |content| vec![Version { content, by: u64::MAX, ended: Some(0), forgotten: false }];
-        Self { sectors: contents.map(version).collect() }
+        let sectors = contents.map(version).collect();
+        Self { sectors, failures: 0, told: BTreeMap::new() }
     }
 
     /// What is read at a byte offset, cut at the end of the disk.
@@ -66,30 +82,38 @@ impl Storage {
         }
     }
 
-    /// Operation `by` has ended at `now`; what it wrote is stable if it was `durable`.
-    pub(super) fn ended(&mut self, by: u64, now: u64, durable: bool) {
+    /// What operation `by` has written is stable.
+    pub(super) fn held(&mut self, by: u64) {
         for sector in &mut self.sectors {
-            for version in sector.iter_mut().filter(|version| version.by == by) {
-                version.ended = Some(now);
-            }
-            if durable {
-                settle(sector, |version| version.by == by);
-            }
+            settle(sector, |version| version.by == by);
         }
     }
 
-    /// A sync that was submitted at `submitted` has ended.
+    /// Operation `by` has ended at `now`.
+    pub(super) fn ended(&mut self, by: u64, now: u64) {
+        for version in self.sectors.iter_mut().flatten().filter(|version| version.by == by) {
+            version.ended = Some(now);
+        }
+    }
+
+    /// A sync that was submitted at `submitted` is done.
     pub(super) fn synced(&mut self, submitted: u64) {
         for sector in &mut self.sectors {
             settle(sector, |version| version.ended.is_some_and(|ended| ended <= submitted));
         }
     }
 
-    /// A sync has failed: what had been written will never be stable, whoever syncs.
-    pub(super) fn sync_failed(&mut self) {
+    /// The disk fails to write: what is not stable will never be, whoever syncs.
+    pub(super) fn fail(&mut self) {
+        self.failures += 1;
         for sector in &mut self.sectors {
             sector.iter_mut().skip(1).for_each(|version| version.forgotten = true);
         }
+    }
+
+    /// Who syncs on a description is told whether there was a failure since it was told last.
+    pub(super) fn tells(&mut self, description: Description) -> bool {
+        self.told.insert(description, self.failures).unwrap_or(0) < self.failures
     }
 
     /// Number of sectors.
@@ -139,8 +163,8 @@ mod tests {
         for (by, sector) in [(1, 0), (2, 1), (3, 1)] {
             storage.write(by, sector * SECTOR as u64, &[by as u8; SECTOR]);
         }
-        storage.ended(1, 5, false);
-        storage.ended(3, 7, false);
+        storage.ended(1, 5);
+        storage.ended(3, 7);
         storage.synced(6);
         assert_eq!(survivors(&storage, 0), [1]);
         assert_eq!(survivors(&storage, 1), [0, 2, 3]);
@@ -150,10 +174,10 @@ mod tests {
     fn what_a_failed_sync_has_forgotten_no_other_holds() {
         let mut storage = storage();
         storage.write(1, 0, &[1; SECTOR]);
-        storage.ended(1, 5, false);
-        storage.sync_failed();
+        storage.ended(1, 5);
+        storage.fail();
         storage.write(2, SECTOR as u64, &[2; SECTOR]);
-        storage.ended(2, 6, false);
+        storage.ended(2, 6);
         storage.synced(7);
         assert_eq!((survivors(&storage, 0), survivors(&storage, 1)), (vec![0, 1], vec![2]));
     }
@@ -163,7 +187,7 @@ mod tests {
         let mut storage = storage();
         storage.write(1, 0, &[1; SECTOR]);
         storage.write(2, 0, &[2; SECTOR]);
-        storage.ended(1, 5, true);
+        storage.held(1);
         assert_eq!(survivors(&storage, 0), [1, 2]);
     }
 }

@@ -14,11 +14,11 @@ use common::rate_limit::{Change, Topic};
 use common::simulation::{Driver, Guest, Layout, Random, Stage, chosen_seed};
 use common::virtqueue::{VIRTIO_F_EVENT_IDX, VIRTIO_F_INDIRECT_DESC};
 
-use super::host::{Luck, Progress};
+use super::host::{Luck, Progress, Synced};
 use super::ledger::{Ledger, Mark};
 use super::mode::Mode;
 use super::request::{Answer, Ask, GuestRequest};
-use super::storage::{Content, SECTOR, Storage};
+use super::storage::{Content, Description, SECTOR, Storage};
 use super::{RING_SIZE_MAX, device};
 use crate::device::BlockDevice;
 
@@ -43,6 +43,8 @@ pub(super) struct Ring {
     answered: u16,
     /// By head.
     pub(super) requests: BTreeMap<u16, GuestRequest>,
+    /// The sync that ended last, until the device has answered whom it served.
+    pub(super) synced: Option<Synced>,
     /// Places in memory that no request has.
     places: Vec<u64>,
     /// The calls that the driver has heard.
@@ -122,6 +124,7 @@ impl World {
                 first,
                 answered: 0,
                 requests: BTreeMap::new(),
+                synced: None,
                 places: (0..REQUESTS_MAX.min(size.into()))
                     .map(|n| at + PLACES + n * mode.scale.place_bytes)
                     .collect(),
@@ -242,9 +245,17 @@ impl World {
 
     /// What the guest can see of a ring is checked, whether it looks or not.
     fn observe(&mut self, index: usize) {
-        for used in self.rings[index].driver.take_used() {
+        let ring = &mut self.rings[index];
+        let all_used = ring.driver.take_used();
+        let is_answered =
+            |synced: &mut Synced| all_used.iter().any(|used| used.head == synced.carrier);
+        let synced = ring.synced.take_if(is_answered);
+        for used in all_used {
             let ring = &mut self.rings[index];
-            let request = ring.requests.remove(&used.head).expect("the driver's books");
+            let mut request = ring.requests.remove(&used.head).expect("the driver's books");
+            if let Some(synced) = &synced {
+                request.failed |= synced.failed && request.waited_at(synced.submitted);
+            }
             ring.answered = ring.answered.wrapping_add(1);
             ring.places.push(request.place);
             self.tell("answered", &(index, used, request.failed, &request.ask));
@@ -325,13 +336,16 @@ impl World {
                 self.step();
             }
             if matches!(self.luck, Luck::Any(_)) && self.random.once_in(16) {
-                // The worker has heard of all that ended before: what comes later finds it lost.
-                while self.turn() {}
-                self.lose();
-                return Err(std::io::Error::other("the host's sync failed"));
+                self.storage.fail();
             }
-            self.storage.synced(submitted);
-            Ok(())
+            if !self.storage.tells(Description::Settling) {
+                self.storage.synced(submitted);
+                return Ok(());
+            }
+            // The worker has heard of all that ended before: what comes later finds it lost.
+            while self.turn() {}
+            self.lose();
+            Err(std::io::Error::other("the host's sync failed"))
         });
         self.tell("settled", &settled);
     }
