@@ -7,9 +7,10 @@
 //! have. So a name is claimed first, by an abstract socket of that name: those are in the network namespace, as interfaces
 //! are, and go with their process. An interface whose name can be claimed is nobody's any more, and is removed.
 //!
-//! The device of such an interface is a file of its own, `/dev/tapINDEX`, which udev or devtmpfs makes. A container has
-//! neither; there a node with the numbers that sysfs tells is made, opened and removed again, in a directory that allows
-//! device nodes.
+//! The device of such an interface is a file of its own, `/dev/tapINDEX`, which devtmpfs makes. That name means something
+//! within one network namespace only, and the first of several has it: so the node is taken if it has the numbers that
+//! sysfs tells of the interface. Where it has not, or is not there, as in a container, a node with those numbers is made,
+//! opened and removed again, in a directory that allows device nodes.
 
 use std::fs;
 use std::io;
@@ -18,7 +19,7 @@ use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{CWD, FileType, Mode, OFlags, makedev, mknodat, open, unlink};
+use rustix::fs::{CWD, Dev, FileType, Mode, OFlags, makedev, mknodat, open, unlink};
 use rustix::io::Errno;
 use tracing::{info, warn};
 
@@ -115,22 +116,25 @@ impl Macvtap {
             source,
         };
         let open_one = || -> io::Result<OwnedFd> {
-            let file = match open_device(&device) {
-                Err(Errno::NOENT) => self.open_node(interface.index)?,
-                opened => opened?,
-            };
+            let numbers = self.device_numbers(interface.index)?;
+            let is_it = rustix::fs::stat(&device).is_ok_and(|stat| stat.st_rdev == numbers);
+            let file = if is_it { open_device(&device)? } else { self.open_node(numbers)? };
             descriptor::set_interface(file.as_fd(), &self.name, flags)?;
             Ok(file)
         };
         (0..pairs).map(|_| open_one().map_err(failed)).collect()
     }
 
-    /// Opens the interface's device by a node of our own.
-    fn open_node(&self, index: u32) -> io::Result<OwnedFd> {
+    /// Of the interface's device. /sys shows the network namespace of whoever mounted it.
+    fn device_numbers(&self, index: u32) -> io::Result<Dev> {
         let numbers = fs::read_to_string(format!("/sys/class/net/{0}/tap{index}/dev", self.name))?;
         let (major, minor) = numbers.trim().split_once(':').ok_or(Errno::NODEV)?;
         let parse = |number: &str| number.parse::<u32>().map_err(io::Error::other);
-        let device = makedev(parse(major)?, parse(minor)?);
+        Ok(makedev(parse(major)?, parse(minor)?))
+    }
+
+    /// Opens the interface's device by a node of our own.
+    fn open_node(&self, device: Dev) -> io::Result<OwnedFd> {
         let mut refused = Errno::NODEV;
         for directory in NODE_DIRECTORIES {
             let node = Path::new(directory).join(format!(".{}-{}", self.name, std::process::id()));
