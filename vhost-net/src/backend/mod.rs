@@ -15,6 +15,7 @@ mod macvtap;
 mod netlink;
 pub(crate) mod null;
 mod spec;
+pub(crate) mod stream;
 mod tap;
 
 use std::convert::Infallible;
