@@ -18,6 +18,7 @@ use std::os::fd::RawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
+use rustix::fs::Mode;
 use thiserror::Error;
 
 pub use inherited::{duplicate, release};
@@ -68,6 +69,8 @@ pub enum Origin {
     Fd(RawFd),
     /// A descriptor passed by the service manager, with its name.
     ListenFds(RawFd, String),
+    /// An option of a device's own.
+    Device(&'static str),
 }
 
 impl std::fmt::Display for Origin {
@@ -77,6 +80,7 @@ impl std::fmt::Display for Origin {
             Self::Control => write!(out, "--control"),
             Self::Fd(fd) => write!(out, "--fd {fd}"),
             Self::ListenFds(fd, name) => write!(out, "LISTEN_FDS: descriptor {fd} named {name:?}"),
+            Self::Device(option) => write!(out, "{option}"),
         }
     }
 }
@@ -225,6 +229,16 @@ impl Claim<'_> {
             }
         })
     }
+}
+
+/// Creates a socket at `path` for a device that waits for a peer there, which only its owner's
+/// processes can be.
+///
+/// # Errors
+/// As for the daemon's own sockets.
+pub fn listen_private(option: &'static str, path: &Path) -> Result<Listener, ListenError> {
+    let access = Access { mode: Mode::RUSR | Mode::WUSR, group: None };
+    socket_file::listen_at(&Origin::Device(option), path, access)
 }
 
 /// Takes over the descriptors that `options` and the service manager's environment variables
