@@ -51,6 +51,7 @@ const PARSERS: &[&str] = &[
     "vhost-net/src/header.rs",
     "vhost-net/src/backend/netlink.rs",
     "vhost-net/src/backend/spec.rs",
+    "vhost-net/src/backend/stream/framing.rs",
 ];
 
 /// The lints that a parsing module denies.

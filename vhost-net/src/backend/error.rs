@@ -4,6 +4,7 @@ use std::io;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 
+use common::daemon::listener::ListenError;
 use rustix::io::Errno;
 use thiserror::Error;
 
@@ -72,10 +73,8 @@ pub(crate) enum OpenError {
     OnePair { option: &'static str, pairs: u16 },
     #[error("{option} has no interface that --bridge {bridge} could attach")]
     NoInterface { option: &'static str, bridge: String },
-    #[error("socket= is not served yet")]
-    NotYet,
-    #[error("socket={path:?},server: cannot listen there")]
-    Listen { path: PathBuf, source: io::Error },
+    #[error(transparent)]
+    Listen(ListenError),
     #[error("cannot set up the descriptors of {option}")]
     Descriptors { option: &'static str, source: io::Error },
 }

@@ -27,6 +27,7 @@ pub(crate) use error::OpenError;
 pub(crate) use link::{Link, LinkEvent};
 pub(crate) use null::Null;
 pub(crate) use spec::{BackendSpec, InterfaceName};
+pub(crate) use stream::{Side, Stream};
 pub(crate) use tap::Tap;
 
 /// What a frame may be when it is handed over: without a checksum, or longer than the wire's.
@@ -93,6 +94,8 @@ pub(crate) struct Settings {
 pub(crate) enum Backend {
     /// A tap or a macvtap.
     Tap(Tap),
+    /// A peer that has the network.
+    Stream(Stream),
     /// No network.
     Null(Null),
 }
@@ -104,7 +107,10 @@ impl Backend {
             BackendSpec::Tap(name) => Tap::open(name, settings).map(Self::Tap),
             BackendSpec::TapFds(fds) => Tap::passed(fds, settings).map(Self::Tap),
             BackendSpec::Macvtap(parent) => Tap::macvtap(parent, settings).map(Self::Tap),
-            BackendSpec::Socket { .. } => Err(OpenError::NotYet),
+            BackendSpec::Socket { path, server } => {
+                no_bridge("socket=PATH", &settings)?;
+                Stream::open(path, *server, &settings).map(Self::Stream)
+            }
             BackendSpec::Null { frame_bytes } => {
                 no_bridge("null", &settings)?;
                 Null::open(*frame_bytes, settings.pairs).map(Self::Null)
@@ -116,7 +122,7 @@ impl Backend {
     pub(crate) fn offloads(&self) -> Offloads {
         match self {
             Self::Tap(tap) => tap.offloads(),
-            Self::Null(_) => Offloads::default(),
+            Self::Stream(_) | Self::Null(_) => Offloads::default(),
         }
     }
 
@@ -124,7 +130,7 @@ impl Backend {
     pub(crate) fn mtu(&self) -> Option<u16> {
         match self {
             Self::Tap(tap) => tap.mtu(),
-            Self::Null(_) => None,
+            Self::Stream(_) | Self::Null(_) => None,
         }
     }
 
@@ -132,7 +138,7 @@ impl Backend {
     pub(crate) fn address(&self) -> Option<[u8; 6]> {
         match self {
             Self::Tap(tap) => tap.address(),
-            Self::Null(_) => None,
+            Self::Stream(_) | Self::Null(_) => None,
         }
     }
 
@@ -140,6 +146,7 @@ impl Backend {
     pub(crate) fn link(&self) -> &Link {
         match self {
             Self::Tap(tap) => tap.link(),
+            Self::Stream(stream) => stream.link(),
             Self::Null(null) => null.link(),
         }
     }
@@ -148,6 +155,9 @@ impl Backend {
     pub(crate) fn files(&self) -> Vec<BorrowedFd<'_>> {
         match self {
             Self::Tap(tap) => tap.files().flatten().collect(),
+            Self::Stream(stream) => {
+                vec![stream.file(Side::Receive), stream.file(Side::Transmit)]
+            }
             Self::Null(null) => null.files().flatten().collect(),
         }
     }
@@ -157,7 +167,7 @@ impl Backend {
     pub(crate) fn apply(&self, offloads: Offloads, header_bytes: usize) -> rustix::io::Result<()> {
         match self {
             Self::Tap(tap) => tap.apply(offloads, header_bytes),
-            Self::Null(_) => Ok(()),
+            Self::Stream(_) | Self::Null(_) => Ok(()),
         }
     }
 
@@ -165,7 +175,17 @@ impl Backend {
     pub(crate) fn attach_queue(&self, pair: u16, attached: bool) -> rustix::io::Result<()> {
         match self {
             Self::Tap(tap) => tap.attach_queue(pair, attached),
-            Self::Null(_) => Ok(()),
+            Self::Stream(_) | Self::Null(_) => Ok(()),
+        }
+    }
+
+    /// Readies the descriptor of one side for the newest opening of the back end, and says of which generation that is. A
+    /// queue calls it, on its own thread, when the link has another generation than it knows.
+    pub(crate) fn adopt(&self, side: Side) -> rustix::io::Result<u32> {
+        match self {
+            Self::Stream(stream) => stream.adopt(side),
+            // What the main thread has put under the descriptors is good for any frame.
+            Self::Tap(_) | Self::Null(_) => Ok(self.link().generation()),
         }
     }
 
@@ -173,6 +193,7 @@ impl Backend {
     pub(crate) async fn watch(&self, on_change: impl FnMut(LinkEvent)) -> Infallible {
         match self {
             Self::Tap(tap) => tap.watch(on_change).await,
+            Self::Stream(stream) => stream.watch(on_change).await,
             Self::Null(_) => std::future::pending().await,
         }
     }
