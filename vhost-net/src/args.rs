@@ -517,7 +517,8 @@ mod tests {
 
     #[test]
     fn rates_are_the_limits_of_their_direction() {
-        let given = "--backend null --rx-rate 100M/1G,frames=50k --tx-rate frames=7/8 --tx-rate none";
+        let given =
+            "--backend null --rx-rate 100M/1G,frames=50k --tx-rate frames=7/8 --tx-rate none";
         let mut wanted = Change::parse("bytes=100M/1G,frames=50k", Topic::Rx).unwrap();
         wanted.and(&Change::parse("none", Topic::Tx).unwrap());
         assert_eq!(parse_words(given).unwrap().limits, wanted);

@@ -26,7 +26,7 @@ use crate::filter::Filter;
 use crate::header::{HEADER_BYTES, Head};
 use crate::outbox::Outbox;
 use crate::rx::Receiver;
-use crate::source::{Flood, Source};
+use crate::source::{Flood, Inlet, Source, StreamSource};
 use crate::tx::{Framing, Transmitter};
 
 /// What a chain is counted as, in the order of [`KINDS`].
@@ -67,9 +67,15 @@ struct Pairs {
     /// Whose receive ring runs.
     receiving: Vec<bool>,
     outboxes: Vec<Outbox>,
+    /// Of a stream, which is one pair's.
+    inlet: Inlet,
 }
 
 impl Shared {
+    pub(crate) fn backend(&self) -> &Backend {
+        &self.backend
+    }
+
     pub(crate) fn link(&self) -> &Link {
         self.backend.link()
     }
@@ -109,8 +115,13 @@ impl Shared {
 
     /// Where the frames of a pair come from.
     pub(crate) fn source(&self, pair: u16) -> Source {
+        let channel = ChannelIndex(pair * 2);
         match &self.backend {
-            Backend::Tap(_) => Source::Tap(ChannelIndex(pair * 2)),
+            Backend::Tap(_) => Source::Tap(channel),
+            Backend::Stream(_) => {
+                let inlet = std::mem::take(&mut self.pairs().inlet);
+                Source::Stream(StreamSource::new(channel, inlet))
+            }
             Backend::Null(null) => Source::Null { flood: null.frame_bytes().map(Flood::new) },
         }
     }
@@ -123,6 +134,7 @@ impl Shared {
     pub(crate) fn framing(&self) -> Framing {
         match &self.backend {
             Backend::Tap(_) => Framing::Header,
+            Backend::Stream(_) => Framing::Length,
             Backend::Null(_) => Framing::Nobody,
         }
     }
@@ -130,6 +142,11 @@ impl Shared {
     /// What the transmitting queue before has left.
     pub(crate) fn take_outbox(&self, pair: u16) -> Outbox {
         self.pairs().outboxes.get_mut(usize::from(pair)).map(std::mem::take).unwrap_or_default()
+    }
+
+    /// Leaves where a stream has got to for the next queue.
+    pub(crate) fn leave_inlet(&self, inlet: Inlet) {
+        self.pairs().inlet = inlet;
     }
 
     /// Leaves what did not go out for the next queue.
@@ -207,6 +224,7 @@ impl NetDevice {
         let pairs = Pairs {
             receiving: vec![false; count],
             outboxes: (0..count).map(|_| Outbox::default()).collect(),
+            inlet: Inlet::default(),
         };
         let filter = Filter::new();
         let shared = Shared { backend, state, filter, port, pairs: Mutex::new(pairs) };

@@ -15,10 +15,10 @@
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 
+use crate::command::{MAC_TABLE_MAX, MacTable, RxMode};
 use crate::config::{
     Mac, VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_CTRL_VLAN, VIRTIO_NET_F_CTRL_VQ, VLANS, VlanId,
 };
-use crate::command::{MAC_TABLE_MAX, MacTable, RxMode};
 use crate::header::Head;
 
 /// VLANs that a word of their table has a bit for.

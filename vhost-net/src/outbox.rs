@@ -15,6 +15,8 @@ const OUTBOX_BYTES: usize = HEADER_BYTES + FRAME_BYTES_MAX + VLAN_TAG_BYTES;
 /// See the module's head.
 #[derive(Default)]
 pub(crate) struct Outbox {
+    /// The opening of the back end that it is of.
+    pub(crate) generation: u32,
     /// Made when it is first wanted.
     memory: Option<OwnMemory>,
     from: usize,
@@ -32,8 +34,7 @@ impl Outbox {
         let memory = self.memory.get_or_insert_with(|| OwnMemory::new(OUTBOX_BYTES));
         let rest = Buffers::new(frame).slice(sent, OUTBOX_BYTES);
         let room = memory.buffer();
-        (self.from, self.end) =
-            (0, Buffers::new(std::slice::from_ref(&room)).copy_from(rest));
+        (self.from, self.end) = (0, Buffers::new(std::slice::from_ref(&room)).copy_from(rest));
     }
 
     /// What is to go next.

@@ -55,7 +55,9 @@ pub(crate) struct Receiver {
     /// The body of the frame that is held; made when it is first wanted.
     held_body: Option<OwnMemory>,
     held: Option<Held>,
-    /// What one call receives into.
+    /// What frames are received into: the head, the room, the spill.
+    places: Vec<HostBuffer>,
+    /// What one call receives into, where that is not the same.
     list: Vec<HostBuffer>,
     recorder: Option<Recorder>,
 }
@@ -112,7 +114,8 @@ impl Receiver {
             spill: OwnMemory::new(FRAME_BYTES_MAX),
             held_body: None,
             held: None,
-            list: Vec::with_capacity(ROOM_BUFFERS_MAX + 2),
+            places: Vec::with_capacity(ROOM_BUFFERS_MAX + 2),
+            list: Vec::new(),
             recorder: shared.recorder(),
             shared,
         }
@@ -157,12 +160,12 @@ impl Receiver {
         if self.room.is_empty() {
             return Err(Pause::Waits);
         }
-        let landing = Landing {
-            head: self.head.buffer(),
-            room: Buffers::new(&self.room.buffers).slice(body_at, usize::MAX),
-            spill: self.spill.buffer(),
-        };
-        match self.source.receive(landing, &mut self.list, io) {
+        self.places.clear();
+        self.places.push(self.head.buffer());
+        self.places.extend(Buffers::new(&self.room.buffers).slice(body_at, usize::MAX).iter());
+        self.places.push(self.spill.buffer());
+        let (landing, backend) = (Landing(&self.places), self.shared.backend());
+        match self.source.receive(landing, &mut self.list, backend, io) {
             Ok(frame_bytes) => self.take(frame_bytes, io),
             Err(Errno::AGAIN) => {
                 if let Some(channel) = self.source.channel() {
@@ -170,6 +173,8 @@ impl Receiver {
                 }
                 Err(Pause::Waits)
             }
+            // The link will say so.
+            Err(Errno::PIPE) => Err(Pause::Waits),
             // The guest's memory is gone: so is the frame, and whoever took the memory hears of it.
             Err(Errno::FAULT) => {
                 io.give_up(Reason::Host.place());
@@ -281,7 +286,8 @@ impl Receiver {
     /// Delivers the frame that is held, or holds it further.
     fn deliver_held(&mut self, held: Held, io: &mut QueueIo<'_>) -> Result<(), Pause> {
         let Held { frame, admitted } = held;
-        let admitted = admitted || io.admit(rate_limit::Direction::ToDriver, frame.len_bytes() as u64);
+        let admitted =
+            admitted || io.admit(rate_limit::Direction::ToDriver, frame.len_bytes() as u64);
         if !admitted {
             self.held = Some(held);
             return Err(Pause::Waits);
@@ -317,6 +323,15 @@ impl Receiver {
         let bytes = frame.len_bytes() as u64;
         let account = Account { kind: Kind::Receive as usize, bytes, failed: false };
         self.room.finish(total, account, io);
+    }
+}
+
+impl Drop for Receiver {
+    fn drop(&mut self) {
+        let nobody = Source::Null { flood: None };
+        if let Source::Stream(stream) = std::mem::replace(&mut self.source, nobody) {
+            self.shared.leave_inlet(stream.into_inlet());
+        }
     }
 }
 

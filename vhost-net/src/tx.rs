@@ -14,6 +14,7 @@ use common::rate_limit;
 use common::virtqueue::{Buffers, Chain, MAX_CHAIN_DESCRIPTORS};
 use rustix::io::Errno;
 
+use crate::backend::Side;
 use crate::capture::{Direction, Recorder};
 use crate::device::{Kind, Shared};
 use crate::drops::Reason;
@@ -47,8 +48,6 @@ pub(crate) struct Transmitter {
     framing: Framing,
     features: u64,
     header_bytes: usize,
-    /// The generation of the link that the outbox is of.
-    generation: u32,
     outbox: Outbox,
     /// What stands before a frame's payload.
     head: OwnMemory,
@@ -60,7 +59,9 @@ pub(crate) struct Transmitter {
 /// What has become of a chain.
 enum Outcome {
     /// Its frame of this length is sent, or in the outbox.
-    Sent { frame_bytes: usize },
+    Sent {
+        frame_bytes: usize,
+    },
     Dropped(Reason),
     /// It is over a limit: its time will come.
     Throttled,
@@ -84,7 +85,6 @@ impl Transmitter {
             pair,
             features,
             header_bytes: header_bytes(features),
-            generation: shared.link().generation(),
             outbox,
             head: OwnMemory::new(HEAD_BYTES),
             list: Vec::with_capacity(usize::from(MAX_CHAIN_DESCRIPTORS)),
@@ -115,9 +115,12 @@ impl Transmitter {
 
     /// Sends what is in the outbox; false while it is not empty.
     fn empty_outbox(&mut self, io: &mut QueueIo<'_>) -> bool {
-        let generation = self.shared.link().generation();
-        if std::mem::replace(&mut self.generation, generation) != generation {
+        if self.outbox.generation != self.shared.link().generation() {
             self.outbox.discard();
+            match self.shared.backend().adopt(Side::Transmit) {
+                Ok(generation) => self.outbox.generation = generation,
+                Err(errno) => self.lose(errno, io),
+            }
         }
         while let Some(rest) = self.outbox.rest() {
             match io.send(self.channel, &[rest]) {
@@ -243,7 +246,7 @@ impl Transmitter {
     /// The back end is gone, or does not take a frame.
     fn lose(&self, errno: Errno, io: &mut QueueIo<'_>) {
         // A link that has just fallen says so itself.
-        if self.shared.link().is_up() {
+        if self.shared.link().is_up() && errno != Errno::PIPE {
             io.report(HostFault { what: "sending a frame", offset: 0, errno });
         }
     }

@@ -27,7 +27,7 @@ pub(crate) use error::OpenError;
 pub(crate) use link::{Link, LinkEvent};
 pub(crate) use null::Null;
 pub(crate) use spec::{BackendSpec, InterfaceName};
-pub(crate) use stream::{Side, Stream};
+pub(crate) use stream::{Side, Stream, framing};
 pub(crate) use tap::Tap;
 
 /// What a frame may be when it is handed over: without a checksum, or longer than the wire's.
@@ -186,6 +186,13 @@ impl Backend {
             Self::Stream(stream) => stream.adopt(side),
             // What the main thread has put under the descriptors is good for any frame.
             Self::Tap(_) | Self::Null(_) => Ok(self.link().generation()),
+        }
+    }
+
+    /// Ends the connection over which something came that cannot be understood.
+    pub(crate) fn give_up(&self, side: Side) {
+        if let Self::Stream(stream) = self {
+            stream.give_up(side);
         }
     }
 
