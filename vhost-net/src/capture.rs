@@ -2,7 +2,7 @@
 //! while it grows.
 //!
 //! Contract: each queue has a [`Recorder`]. It copies a frame into a bounded queue and goes on: it
-//! never waits, and what finds no room there is not captured but counted ([`Capture::missed`]). A
+//! never waits, and what finds no room there is not captured but counted, which the log is told at the end. A
 //! thread of its own writes the file, which then is at most [`FLUSH_INTERVAL`] behind. When the file
 //! has reached its size, or cannot be written, the capture is over: the log says so once, and the
 //! device runs on. With nothing to write, nothing runs.
@@ -137,11 +137,6 @@ impl Capture {
     pub(crate) fn recorder(&self) -> Recorder {
         Recorder::new(Arc::clone(&self.shared), self.messages.clone(), self.snap_bytes)
     }
-
-    /// Frames that were not captured, because those before them had not been written yet.
-    pub(crate) fn missed(&self) -> u64 {
-        self.shared.missed.load(Ordering::Relaxed)
-    }
 }
 
 impl Drop for Capture {
@@ -245,6 +240,10 @@ fn write_all(messages: &Receiver<Message>, shared: &Shared, mut file: CaptureFil
         }
     };
     shared.is_over.store(true, Ordering::Relaxed);
+    let missed = shared.missed.load(Ordering::Relaxed);
+    if missed > 0 {
+        warn!("{path:?} lacks {missed} frames that came faster than they were written (--pcap)");
+    }
     match ended {
         Ok(true) => warn!("{path:?} has reached its size: no more frames are captured (--pcap)"),
         Ok(false) => {}
@@ -462,7 +461,7 @@ mod tests {
             record(&sending, Direction::Outbound, &vec![0xcd; length]);
         }
         let after = now_ns();
-        assert_eq!(capture.missed(), 0);
+        assert_eq!(capture.shared.missed.load(Ordering::Relaxed), 0);
         drop(capture);
         let read = frames(&spec);
         assert_eq!(read.len(), 10);

@@ -303,8 +303,7 @@ fn guest_offloads(offloads: Offloads) -> u64 {
 
 /// What a back end is asked to hand over while the offloads `bits` are in force.
 ///
-/// A back end has one switch for UDP segments. It is on for a driver that takes either kind, as
-/// `gso_type` has one value for both.
+/// A back end has one switch for UDP segments, of either IP. It is on for a driver that takes both.
 pub(crate) fn wanted_offloads(bits: u64) -> Offloads {
     let has = |feature: u64| bits & feature != 0;
     Offloads {
@@ -313,7 +312,7 @@ pub(crate) fn wanted_offloads(bits: u64) -> Offloads {
         tso6: has(VIRTIO_NET_F_GUEST_TSO6),
         ecn: has(VIRTIO_NET_F_GUEST_ECN),
         ufo: has(VIRTIO_NET_F_GUEST_UFO),
-        uso: has(VIRTIO_NET_F_GUEST_USO4 | VIRTIO_NET_F_GUEST_USO6),
+        uso: has(VIRTIO_NET_F_GUEST_USO4) && has(VIRTIO_NET_F_GUEST_USO6),
     }
 }
 
@@ -460,10 +459,6 @@ impl State {
 
     pub(crate) fn set_offloads(&self, bits: u64) {
         self.offloads.store(bits & GUEST_OFFLOADS, Ordering::Relaxed);
-    }
-
-    pub(crate) fn link_is_up(&self) -> bool {
-        self.status.load(Ordering::Relaxed) & VIRTIO_NET_S_LINK_UP != 0
     }
 
     /// Whether that is news, of which a driver is to be told.
@@ -729,7 +724,7 @@ mod tests {
     fn link_and_announcement_are_news_once() {
         let state = State::new(identity());
         let wants = VIRTIO_NET_F_GUEST_ANNOUNCE | VIRTIO_NET_F_STATUS;
-        assert!(!state.link_is_up());
+        assert!(!state.set_link(false), "it is down at first");
         assert!(state.set_link(true) && !state.set_link(true));
         assert!(!state.announce(VIRTIO_NET_F_STATUS), "the driver cannot");
         assert!(state.announce(wants) && !state.announce(wants));
@@ -752,7 +747,7 @@ mod tests {
         state.set_link(true);
         state.reset();
         assert_eq!((state.active_pairs(), state.offloads()), (1, 0));
-        assert!(state.link_is_up(), "the link is not the driver's");
+        assert!(!state.set_link(true), "the link is not the driver's");
         state.set_link(false);
         assert_eq!(field(&state, 0), before);
     }

@@ -22,7 +22,7 @@ use crate::command::Command;
 use crate::config::{GUEST_OFFLOADS, Mac, Role, State, VIRTIO_NET_F_MTU, VlanId, wanted_offloads};
 use crate::control::Control;
 use crate::drops::DROPS;
-use crate::filter::Filter;
+use crate::filter::{Filter, Unwanted};
 use crate::header::{HEADER_BYTES, Head};
 use crate::outbox::Outbox;
 use crate::rx::Receiver;
@@ -99,8 +99,8 @@ impl Shared {
     }
 
     /// Whether the driver wants a frame.
-    pub(crate) fn wants(&self, head: &Head) -> bool {
-        self.filter.wants(head, self.state.mac()).is_ok()
+    pub(crate) fn wants(&self, head: &Head) -> Result<(), Unwanted> {
+        self.filter.wants(head, self.state.mac())
     }
 
     /// The features of a driver, less the offloads that it has switched off.

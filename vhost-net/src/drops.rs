@@ -1,5 +1,6 @@
 //! Why frames are dropped: each reason has a counter.
 
+use crate::filter::Unwanted;
 use crate::header::Malformed;
 
 /// Why a frame is dropped.
@@ -12,7 +13,7 @@ pub(crate) enum Reason {
     /// It is of another VLAN than the port's, or names one where only the port may (`--vlan`).
     Vlan,
     /// The driver does not want it.
-    Filtered,
+    Unwanted(Unwanted),
     /// It is longer than the driver's MTU, or than all buffers that the driver has given.
     TooLong,
     /// It is in more pieces than one system call takes.
@@ -37,9 +38,12 @@ pub(crate) const DROPS: &[&str] = &[
     "gso_header",
     "checksum_outside",
     "checksum_in_ethernet",
+    "unwanted_vlan",
+    "unwanted_broadcast",
+    "unwanted_multicast",
+    "unwanted_unicast",
     "spoofed",
     "vlan",
-    "filtered",
     "too_long",
     "scattered",
     "link_down",
@@ -47,23 +51,31 @@ pub(crate) const DROPS: &[&str] = &[
     "stopped",
 ];
 
-/// Where the reasons that are not [`Malformed`] begin.
-const OTHERS: usize = 10;
+/// Where the reasons of the driver's filter begin.
+const UNWANTED: usize = Malformed::ChecksumInEthernet as usize + 1;
+/// Where the others do.
+const OTHERS: usize = UNWANTED + Unwanted::Unicast as usize + 1;
 
 impl Reason {
     /// Its place in [`DROPS`].
     pub(crate) fn place(self) -> usize {
         match self {
             Self::Malformed(malformed) => malformed as usize,
+            Self::Unwanted(unwanted) => UNWANTED + unwanted as usize,
             Self::Spoofed => OTHERS,
             Self::Vlan => OTHERS + 1,
-            Self::Filtered => OTHERS + 2,
-            Self::TooLong => OTHERS + 3,
-            Self::Scattered => OTHERS + 4,
-            Self::LinkDown => OTHERS + 5,
-            Self::Host => OTHERS + 6,
-            Self::Stopped => OTHERS + 7,
+            Self::TooLong => OTHERS + 2,
+            Self::Scattered => OTHERS + 3,
+            Self::LinkDown => OTHERS + 4,
+            Self::Host => OTHERS + 5,
+            Self::Stopped => OTHERS + 6,
         }
+    }
+}
+
+impl From<Unwanted> for Reason {
+    fn from(unwanted: Unwanted) -> Self {
+        Self::Unwanted(unwanted)
     }
 }
 
@@ -75,15 +87,27 @@ impl From<Malformed> for Reason {
 
 #[cfg(test)]
 mod tests {
-    use super::{DROPS, OTHERS, Reason};
-    use crate::header::{MALFORMED, Malformed};
+    use super::{DROPS, Reason};
+    use crate::filter::Unwanted;
+    use crate::header::Malformed;
 
     #[test]
     fn every_reason_has_its_name() {
-        assert_eq!(&DROPS[..OTHERS], MALFORMED);
-        assert_eq!(DROPS[Reason::from(Malformed::Runt).place()], "runt");
-        assert_eq!(DROPS[Reason::Spoofed.place()], "spoofed");
-        assert_eq!(DROPS[Reason::Stopped.place()], "stopped");
+        for (reason, name) in [
+            (Reason::from(Malformed::NoHeader), "no_header"),
+            (Reason::from(Malformed::ChecksumInEthernet), "checksum_in_ethernet"),
+            (Reason::from(Unwanted::Vlan), "unwanted_vlan"),
+            (Reason::from(Unwanted::Unicast), "unwanted_unicast"),
+            (Reason::Spoofed, "spoofed"),
+            (Reason::Vlan, "vlan"),
+            (Reason::TooLong, "too_long"),
+            (Reason::Scattered, "scattered"),
+            (Reason::LinkDown, "link_down"),
+            (Reason::Host, "host"),
+            (Reason::Stopped, "stopped"),
+        ] {
+            assert_eq!(DROPS[reason.place()], name);
+        }
         assert_eq!(Reason::Stopped.place() + 1, DROPS.len());
     }
 }

@@ -16,9 +16,7 @@
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 
 use crate::command::{MAC_TABLE_MAX, MacTable, RxMode};
-use crate::config::{
-    Mac, VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_CTRL_VLAN, VIRTIO_NET_F_CTRL_VQ, VLANS, VlanId,
-};
+use crate::config::{Mac, VIRTIO_NET_F_CTRL_VLAN, VIRTIO_NET_F_CTRL_VQ, VLANS, VlanId};
 use crate::header::Head;
 
 /// VLANs that a word of their table has a bit for.
@@ -43,7 +41,7 @@ const MANY_MULTICAST: u32 = 1 << 9;
 /// Everything passes.
 const OPEN: u32 = ANY_ADDRESS | ANY_VLAN;
 
-/// Why a frame is not wanted, and its counter's place among [`UNWANTED`].
+/// Why a frame is not wanted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Unwanted {
     /// It is of a VLAN that the driver does not listen to.
@@ -54,16 +52,6 @@ pub(crate) enum Unwanted {
     Multicast,
     /// It is for another device.
     Unicast,
-}
-
-/// The names of [`Unwanted`] in metrics and logs.
-pub(crate) const UNWANTED: &[&str] = &["vlan", "broadcast", "multicast", "unicast"];
-
-impl Unwanted {
-    /// As metrics and logs call it.
-    pub(crate) fn name(self) -> &'static str {
-        UNWANTED.get(self as usize).copied().unwrap_or("other")
-    }
 }
 
 /// Addresses of a kind.
@@ -137,13 +125,6 @@ impl Filter {
         if filters_vlans.iter().all(|feature| features & feature != 0) {
             self.switch(ANY_VLAN, false);
         }
-    }
-
-    /// Whether a driver that acknowledged `features` can ever have frames dropped: where it cannot,
-    /// no frame needs to be looked at.
-    pub(crate) fn can_drop(features: u64) -> bool {
-        features & VIRTIO_NET_F_CTRL_VQ != 0
-            && features & (VIRTIO_NET_F_CTRL_RX | VIRTIO_NET_F_CTRL_VLAN) != 0
     }
 
     /// Switches a mode.
@@ -269,6 +250,7 @@ mod tests {
     use std::thread;
 
     use super::*;
+    use crate::config::VIRTIO_NET_F_CTRL_RX;
 
     const ALL: u64 = u64::MAX;
     const OWN: Mac = Mac::new([0x52, 0x54, 0, 0, 0, 1]);
@@ -413,9 +395,6 @@ mod tests {
             assert_eq!(filter.wants(&in_vlan(5), Some(OWN)), Ok(()), "{features:#x}");
             assert_eq!(verdicts(&filter), [None; 4], "{features:#x}");
         }
-        assert!(!Filter::can_drop(VIRTIO_NET_F_CTRL_RX | VIRTIO_NET_F_CTRL_VLAN));
-        assert!(!Filter::can_drop(VIRTIO_NET_F_CTRL_VQ));
-        assert!(Filter::can_drop(VIRTIO_NET_F_CTRL_VQ | VIRTIO_NET_F_CTRL_VLAN));
     }
 
     #[test]
@@ -455,12 +434,5 @@ mod tests {
             done.store(true, Ordering::Relaxed);
             assert_eq!(missed, 0);
         });
-    }
-
-    #[test]
-    fn every_reason_has_a_name() {
-        assert_eq!(Unwanted::Vlan.name(), "vlan");
-        assert_eq!(Unwanted::Unicast.name(), "unicast");
-        assert_eq!(Unwanted::Unicast as usize, UNWANTED.len() - 1);
     }
 }

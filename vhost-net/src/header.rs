@@ -72,7 +72,7 @@ pub(crate) fn widened(legacy: [u8; LEGACY_HEADER_BYTES]) -> [u8; HEADER_BYTES] {
     [flags, gso_type, h0, h1, g0, g1, s0, s1, o0, o1, 0, 0]
 }
 
-/// Why a frame is dropped, and its counter's place among [`MALFORMED`].
+/// Why a frame is dropped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Malformed {
     /// The chain ends within the header.
@@ -96,27 +96,6 @@ pub(crate) enum Malformed {
     ChecksumOutside,
     /// A checksum starts within the Ethernet header.
     ChecksumInEthernet,
-}
-
-/// The names of [`Malformed`] in metrics and logs.
-pub(crate) const MALFORMED: &[&str] = &[
-    "no_header",
-    "runt",
-    "giant",
-    "not_negotiated",
-    "gso_type",
-    "gso_size",
-    "gso_checksum",
-    "gso_header",
-    "checksum_outside",
-    "checksum_in_ethernet",
-];
-
-impl Malformed {
-    /// As metrics and logs call it.
-    pub(crate) fn name(self) -> &'static str {
-        MALFORMED.get(self as usize).copied().unwrap_or("other")
-    }
 }
 
 /// How a frame is to be segmented.
@@ -284,12 +263,6 @@ impl Header {
         let [o0, o1] = self.csum_offset.to_le_bytes();
         let [n0, n1] = self.num_buffers.to_le_bytes();
         [self.flags, self.gso_type, h0, h1, g0, g1, s0, s1, o0, o1, n0, n1]
-    }
-
-    /// Likewise, for a driver whose headers have no `num_buffers`.
-    pub(crate) fn legacy_bytes(&self) -> [u8; LEGACY_HEADER_BYTES] {
-        let [flags, gso_type, h0, h1, g0, g1, s0, s1, o0, o1, _, _] = self.bytes();
-        [flags, gso_type, h0, h1, g0, g1, s0, s1, o0, o1]
     }
 
     /// Over how many chains the frame is spread, from 1.
@@ -599,7 +572,8 @@ mod tests {
     #[test]
     fn legacy_header_lacks_the_number_of_buffers() {
         let header = sent(TSO4).unwrap();
-        assert_eq!(widened(header.legacy_bytes()), header.bytes());
+        let legacy = *header.bytes().first_chunk().unwrap();
+        assert_eq!(widened(legacy), header.bytes());
         assert_eq!(header_bytes(0), 10);
         assert_eq!(header_bytes(VIRTIO_NET_F_MRG_RXBUF), 12);
         assert_eq!(header_bytes(VIRTIO_F_VERSION_1), 12);
@@ -657,13 +631,6 @@ mod tests {
         assert_eq!(Head::parse(&frame).unwrap().vlan, None);
         assert_eq!(Head::parse(&frame).unwrap().ethernet_bytes(), 14);
         assert_eq!(Head::parse(&frame[..13]), Err(Malformed::Runt));
-    }
-
-    #[test]
-    fn every_reason_has_a_name() {
-        assert_eq!(Malformed::NoHeader.name(), "no_header");
-        assert_eq!(Malformed::ChecksumInEthernet.name(), "checksum_in_ethernet");
-        assert_eq!(Malformed::ChecksumInEthernet as usize, MALFORMED.len() - 1);
     }
 
     fn frame_lengths() -> impl proptest::strategy::Strategy<Value = usize> {

@@ -252,9 +252,7 @@ impl Receiver {
             Some(_) => return Err(Reason::Vlan),
         };
         let seen = Head::parse(&frame.ethernet[..frame.ethernet_bytes])?;
-        if !self.shared.wants(&seen) {
-            return Err(Reason::Filtered);
-        }
+        self.shared.wants(&seen)?;
         let mtu = self.shared.mtu_in_force(self.features);
         if mtu.is_some_and(|mtu| !header.fits_mtu(frame.len_bytes(), seen.ethernet_bytes(), mtu)) {
             return Err(Reason::TooLong);

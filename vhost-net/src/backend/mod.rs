@@ -113,7 +113,7 @@ impl Backend {
             }
             BackendSpec::Null { frame_bytes } => {
                 no_bridge("null", &settings)?;
-                Null::open(*frame_bytes, settings.pairs).map(Self::Null)
+                Ok(Self::Null(Null::new(*frame_bytes)))
             }
         }
     }
@@ -158,7 +158,7 @@ impl Backend {
             Self::Stream(stream) => {
                 vec![stream.file(Side::Receive), stream.file(Side::Transmit)]
             }
-            Self::Null(null) => null.files().flatten().collect(),
+            Self::Null(_) => Vec::new(),
         }
     }
 

@@ -119,7 +119,6 @@ pub(super) enum Change {
     Mtu(u16),
     /// A port of the bridge with this index.
     Bridge(u32),
-    Address([u8; 6]),
 }
 
 /// A macvtap interface to be made.
@@ -174,7 +173,6 @@ impl Netlink {
             Change::Up => {}
             Change::Mtu(mtu) => request.number(IFLA_MTU, mtu.into()),
             Change::Bridge(bridge_index) => request.number(IFLA_PORT_OF, bridge_index),
-            Change::Address(address) => request.attribute(IFLA_ADDRESS, &address),
         }
         self.ask(request).map(drop)
     }

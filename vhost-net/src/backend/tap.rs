@@ -220,10 +220,6 @@ impl Tap {
         OpenError::Set { what, name: self.source.name().to_owned(), source: errno.into() }
     }
 
-    pub(crate) fn pairs(&self) -> u16 {
-        self.settings.pairs
-    }
-
     /// What the interface can take and give, whatever has been applied.
     pub(crate) fn offloads(&self) -> Offloads {
         self.offloads

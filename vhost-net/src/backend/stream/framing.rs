@@ -1,11 +1,8 @@
 //! Frames in a stream of bytes: each behind its length, which is 32 bits, big endian (QEMU's `-netdev stream`).
 //!
-//! Contract: no system call, no buffer. [`Inbound`] says what the next read is to take, and is told how much it took;
-//! [`Outbound`] says what is to be written, and is told how much was. Both cope with reads and writes that end anywhere.
-//! One read takes the rest of a frame *and* the length of the next, so that a frame costs one system call.
-//!
-//! What is written in part must be written to the end before anything else, whatever becomes of the chain that it came
-//! from: so who writes copies the rest, at most [`PENDING_BYTES`], to memory of its own.
+//! Contract: no system call, no buffer. [`Inbound`] says what the next read is to take, is told how much it took, and copes
+//! with reads that end anywhere. One read takes the rest of a frame *and* the length of the next, so that a frame costs one
+//! system call. What is written in part is for [`Outbox`](crate::outbox::Outbox).
 
 #![deny(
     clippy::unwrap_used,
@@ -15,8 +12,6 @@
     clippy::panic
 )]
 
-use std::ops::Range;
-
 use thiserror::Error;
 
 /// Bytes of a length.
@@ -25,9 +20,6 @@ pub(crate) const PREFIX_BYTES: usize = 4;
 pub(crate) const FRAME_BYTES_MIN: u32 = 14;
 /// The longest frame: the largest IP datagram behind an Ethernet header with a VLAN tag.
 pub(crate) const FRAME_BYTES_MAX: u32 = 65535 + 18;
-/// What may have to be written to the end: a frame and its length.
-pub(crate) const PENDING_BYTES: usize = FRAME_BYTES_MAX as usize + PREFIX_BYTES;
-
 /// Why a connection is of no use any more. Nothing behind it can be told apart.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 pub(crate) enum Fault {
@@ -48,12 +40,6 @@ pub(crate) struct Want {
     pub(crate) frame_rest_bytes: usize,
     /// Bytes of the length behind it.
     pub(crate) prefix_bytes: usize,
-}
-
-impl Want {
-    pub(crate) fn len_bytes(&self) -> usize {
-        self.frame_rest_bytes.saturating_add(self.prefix_bytes)
-    }
 }
 
 /// What a read has brought.
@@ -140,61 +126,20 @@ impl Inbound {
     }
 }
 
-/// What precedes a frame of `len_bytes`; none before what is no frame.
-pub(crate) fn prefix(len_bytes: usize) -> Option<[u8; PREFIX_BYTES]> {
-    let len = u32::try_from(len_bytes).ok()?;
-    (FRAME_BYTES_MIN..=FRAME_BYTES_MAX).contains(&len).then(|| len.to_be_bytes())
-}
-
-/// What became of a write.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Written {
-    /// The frame has gone.
-    Whole,
-    /// Nothing of it has: it may be written again, or dropped.
-    Nothing,
-    /// These bytes of what was to be written are left. They are to be copied to memory of one's own, from its start, and
-    /// are [pending](Outbound::pending) there; the chain is through.
-    InPart { left: Range<usize> },
-}
-
-/// The frames of a connection that go out.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Outbound {
-    pending: Range<usize>,
-}
-
-impl Outbound {
-    /// What is to be written first, in the memory that it was copied to.
-    pub(crate) fn pending(&self) -> Option<Range<usize>> {
-        (!self.pending.is_empty()).then(|| self.pending.clone())
-    }
-
-    /// A write of a length and its frame, together `len_bytes`, took `written_bytes`. Only while nothing is pending.
-    pub(crate) fn wrote(&mut self, len_bytes: usize, written_bytes: usize) -> Written {
-        match written_bytes {
-            0 => Written::Nothing,
-            _ if written_bytes >= len_bytes => Written::Whole,
-            _ => {
-                self.pending = 0..len_bytes.saturating_sub(written_bytes);
-                Written::InPart { left: written_bytes..len_bytes }
-            }
-        }
-    }
-
-    /// A write of what was [pending](Self::pending) took `written_bytes`.
-    pub(crate) fn wrote_pending(&mut self, written_bytes: usize) {
-        let start = self.pending.start.saturating_add(written_bytes);
-        self.pending.start = start.min(self.pending.end);
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::collection::vec;
     use proptest::prelude::*;
 
-    use super::{Fault, Inbound, Outbound, PENDING_BYTES, PREFIX_BYTES, Progress, Written, prefix};
+    use super::{Fault, Inbound, PREFIX_BYTES, Progress, Want};
+
+    fn prefix(len_bytes: usize) -> [u8; PREFIX_BYTES] {
+        u32::try_from(len_bytes).unwrap().to_be_bytes()
+    }
+
+    fn len_bytes(want: &Want) -> usize {
+        want.frame_rest_bytes.saturating_add(want.prefix_bytes)
+    }
 
     /// Reads a stream in pieces of these lengths, each at most; gives the frames that are whole, and how it ended.
     fn read(mut stream: &[u8], pieces: &[usize]) -> (Vec<Vec<u8>>, Fault) {
@@ -205,8 +150,8 @@ mod tests {
                 Err(fault) => return (frames, fault),
             };
             assert_eq!(want.frame_received_bytes, frame.len());
-            assert_ne!(want.len_bytes(), 0);
-            let (now, later) = stream.split_at(piece.min(want.len_bytes()).min(stream.len()));
+            assert_ne!(len_bytes(&want), 0);
+            let (now, later) = stream.split_at(piece.min(len_bytes(&want)).min(stream.len()));
             stream = later;
             let (of_frame, of_prefix) = now.split_at(now.len().min(want.frame_rest_bytes));
             frame.extend_from_slice(of_frame);
@@ -226,16 +171,13 @@ mod tests {
     }
 
     fn stream_of(frames: &[Vec<u8>]) -> Vec<u8> {
-        frames
-            .iter()
-            .flat_map(|frame| [&prefix(frame.len()).unwrap()[..], frame].concat())
-            .collect()
+        frames.iter().flat_map(|frame| [&prefix(frame.len())[..], frame].concat()).collect()
     }
 
     #[test]
     fn frame_costs_one_read() {
         let mut inbound = Inbound::default();
-        assert_eq!(inbound.wants().unwrap().len_bytes(), 4);
+        assert_eq!(len_bytes(&inbound.wants().unwrap()), 4);
         assert_eq!(inbound.received(4, &[0, 0, 0, 60]), Ok(Progress::Partial));
         for _ in 0..3 {
             let want = inbound.wants().unwrap();
@@ -253,7 +195,6 @@ mod tests {
             stream.extend([9; 100]);
             let (frames, fault) = read(&stream, &[100_000]);
             assert_eq!((frames.len(), fault), (2, Fault::Length(len)));
-            assert_eq!(prefix(len as usize), None);
         }
     }
 
@@ -275,41 +216,6 @@ mod tests {
             pieces in vec(1_usize..50, 1..20),
         ) {
             prop_assert_eq!(read(&stream_of(&frames), &pieces), (frames, Fault::Ended));
-        }
-
-        #[test]
-        fn writes_that_end_anywhere_make_the_same_stream(
-            frames in frames(),
-            pieces in vec(0_usize..50, 1..20),
-        ) {
-            // Some bytes go, or it would never end.
-            let mut room = pieces.iter().copied().chain([1]).cycle();
-            let (mut outbound, mut memory) = (Outbound::default(), vec![0; PENDING_BYTES]);
-            let mut stream = Vec::new();
-            for frame in &frames {
-                let whole = [&prefix(frame.len()).unwrap()[..], frame].concat();
-                loop {
-                    let taken = room.next().unwrap();
-                    if let Some(pending) = outbound.pending() {
-                        let taken = taken.min(pending.len());
-                        stream.extend_from_slice(&memory[pending][..taken]);
-                        outbound.wrote_pending(taken);
-                        continue;
-                    }
-                    let taken = taken.min(whole.len());
-                    stream.extend_from_slice(&whole[..taken]);
-                    match outbound.wrote(whole.len(), taken) {
-                        Written::Nothing => {}
-                        Written::Whole => break,
-                        Written::InPart { left } => {
-                            memory[..left.len()].copy_from_slice(&whole[left]);
-                            break;
-                        }
-                    }
-                }
-            }
-            stream.extend_from_slice(outbound.pending().map_or(&[][..], |rest| &memory[rest]));
-            prop_assert_eq!(stream, stream_of(&frames));
         }
     }
 }
