@@ -178,9 +178,8 @@ impl Tap {
         }
         let interface = self.interface()?;
         self.mtu = interface.as_ref().and_then(|interface| u16::try_from(interface.mtu).ok());
-        if let (Source::Macvtap(_), Some(interface)) = (&self.source, &interface) {
-            self.address = interface.address;
-        }
+        let macvtap = interface.as_ref().filter(|found| found.kind.as_deref() == Some("macvtap"));
+        self.address = macvtap.and_then(|found| found.address);
         self.link.set_up(self.carries(interface.as_ref()));
         Ok(self)
     }
@@ -256,11 +255,16 @@ impl Tap {
     fn apply_again(&self) -> rustix::io::Result<()> {
         let (offloads, header_bytes) = (self.applied.0.load(Relaxed), self.applied.1.load(Relaxed));
         let header_bytes = i32::try_from(header_bytes).unwrap_or_default();
-        // A tap has one of each; a macvtap has a header's length for each queue, and takes it from any that is open.
-        let count = if matches!(self.source, Source::Macvtap(_)) { self.queues.len() } else { 1 };
-        for queue in self.queues.iter().take(count) {
-            descriptor::set_header_bytes(queue.receive.as_fd(), header_bytes)?;
-            descriptor::set_offloads(queue.receive.as_fd(), offloads)?;
+        // A tap has one of each, which a queue that takes no part cannot be asked for (EBADFD); a macvtap has a header's length
+        // for each queue.
+        for queue in &self.queues {
+            let file = queue.receive.as_fd();
+            let applied = descriptor::set_header_bytes(file, header_bytes)
+                .and_then(|()| descriptor::set_offloads(file, offloads));
+            match applied {
+                Err(Errno::BADFD) if !queue.attached.load(Relaxed) => {}
+                applied => applied?,
+            }
         }
         Ok(())
     }

@@ -16,6 +16,8 @@ use tokio::sync::mpsc;
 use tokio::time::timeout;
 
 use super::{FLAGS, Tap, attach, open_device, probe};
+use crate::backend::macvtap::Macvtap;
+use crate::backend::netlink::Netlink;
 use crate::backend::{Backend, BackendSpec, LinkEvent, Offloads, OpenError, Settings};
 
 /// Far longer than the kernel takes for anything here.
@@ -552,6 +554,29 @@ fn macvtap_is_made_on_its_parent_and_removed() {
         drop(second);
         drop(tap);
         assert_eq!(macvtaps(), BTreeSet::new());
+    });
+}
+
+#[test]
+fn queues_of_a_macvtap_are_taken_over_too() {
+    in_namespace(|| {
+        ip("link add up0 type veth peer name far0");
+        ip("link set up0 up");
+        ip("link set far0 up");
+        ip("addr add 10.0.0.1/24 dev far0");
+        let netlink = Netlink::open().unwrap();
+        let made = Macvtap::create(&"up0".parse().unwrap(), &netlink, 2, Some(GUEST)).unwrap();
+        let files = made.open(&netlink, 2, FLAGS).unwrap();
+        ip(&format!("link set {} up", made.name()));
+        let tap = open_passed(files, 2).unwrap();
+        assert_eq!(tap.address(), Some(GUEST));
+        tap.apply(Offloads::default(), 10).unwrap();
+        exchange_arp(&tap, 10);
+        // The header of the second queue has become shorter, too: all that is behind it is a frame, and 14 bytes are the
+        // shortest.
+        let [_, second] = tap.files().nth(1).unwrap();
+        assert_eq!(rustix::io::write(second, &[0; 10 + 13]), Err(Errno::INVAL));
+        assert_eq!(rustix::io::write(second, &[0; 10 + 14]), Ok(24));
     });
 }
 
