@@ -258,6 +258,12 @@ mod tests {
             let event = timeout(PATIENCE, self.0.recv()).await.expect("an event").unwrap();
             assert_eq!(event, LinkEvent { up, generation });
         }
+
+        /// What has just been done is no event.
+        async fn nothing_comes(&mut self) {
+            let event = timeout(Duration::from_millis(100), self.0.recv()).await;
+            assert!(event.is_err(), "{event:?}");
+        }
     }
 
     /// Runs `script` while the stream is watched.
@@ -298,6 +304,9 @@ mod tests {
                 assert_eq!(stream.adopt(Side::Receive), Ok(generation));
                 assert_eq!(stream.adopt(Side::Transmit), Ok(generation));
                 assert_connected(&stream, &mut peer);
+                // A frame that nobody has read yet does not concern the main thread.
+                peer.write_all(b"unread").unwrap();
+                events.nothing_comes().await;
                 drop(listener);
                 std::fs::remove_file(&path).unwrap();
                 drop(peer);

@@ -5,6 +5,7 @@ use std::io::Read;
 use std::net::UdpSocket;
 use std::os::fd::{AsFd, AsRawFd, IntoRawFd, OwnedFd};
 use std::process::{Command, Stdio};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::sched::{CloneFlags, unshare};
@@ -30,6 +31,10 @@ fn in_namespace(test: impl FnOnce() + Send) {
         eprintln!("not run: network namespaces need root");
         return;
     }
+    // One at a time: a process that another test starts has copies of this one's taps until it executes its program, and
+    // they are in use for that long.
+    static ALONE: Mutex<()> = Mutex::new(());
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     std::thread::scope(|scope| {
         let thread = scope.spawn(|| {
             unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS).unwrap();
