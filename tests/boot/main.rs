@@ -3,6 +3,7 @@
 mod control;
 mod growth;
 mod limits;
+mod network;
 mod qemu;
 mod statistics;
 mod sudden_death;

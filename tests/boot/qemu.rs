@@ -9,12 +9,14 @@ use std::path::{Path, PathBuf};
 
 use guest::pattern;
 use tests::{
-    Daemon, DaemonCommand, DiskImage, Machine, TempDir, temp_dir, temp_dir_with_direct_io,
+    Daemon, DaemonCommand, DiskImage, Machine, Namespace, TempDir, temp_dir,
+    temp_dir_with_direct_io,
 };
 
-use self::emulator::{Emulator, OnRestart, QUEUE_COUNT};
+use self::emulator::{Device, Emulator, Network, OnRestart, QUEUE_COUNT};
 use crate::growth::{self, News};
 use crate::limits;
+use crate::network::{self, FRAME_BYTES_MAX, TAP, Testpmd};
 use crate::statistics::Statistics;
 use crate::sudden_death::{FileSystem, Scene};
 
@@ -77,7 +79,7 @@ impl Bench {
 
     /// Boots a machine that runs the check in `words`; one that restarts has failed.
     fn boot(&self, words: &str) -> Machine {
-        self.emulator.boot(self.daemon.socket(), words, OnRestart::End)
+        self.emulator.boot(&[Device::Block(self.daemon.socket())], words, OnRestart::End)
     }
 
     /// Boots a machine, has it pass the check in `words` and end, and returns what it found.
@@ -158,7 +160,8 @@ fn verified_load_runs_on_all_queues() {
 #[test]
 fn reset_amid_requests_leaves_a_working_disk() {
     let Some(bench) = Bench::empty_disk(&[FIO]) else { return };
-    let mut machine = bench.emulator.boot(bench.daemon.socket(), "check=load", OnRestart::Again);
+    let disk = Device::Block(bench.daemon.socket());
+    let mut machine = bench.emulator.boot(&[disk], "check=load", OnRestart::Again);
     machine.wait_for(LOAD_RUNS);
     bench.emulator.reset();
     // The load of the machine after the reset, since the one before it has said so already.
@@ -263,6 +266,27 @@ fn disk_grows_under_load() {
     growth::grow_in_steps(&mut machine, &bench.image, news);
     growth::expect_added(&bench.image, &finish(machine));
     bench.expect_clean_end(1);
+}
+
+#[test]
+fn traffic_passes_the_network_device_of_another() {
+    let Some(emulator) = Emulator::new(&network::PROGRAMS, &[]) else { return };
+    let Some(namespace) = Namespace::new(emulator.rig()) else { return };
+    let peer = Testpmd::start(&namespace);
+    let frames = network::expect_traffic(&namespace, TAP, |words| {
+        let device = Network {
+            socket: &peer.socket(),
+            queue_pairs: 1,
+            properties: &["mac=52:54:00:12:34:56"],
+        };
+        let words = format!("check=network mac=52:54:00:12:34:56 {}", words.join(" "));
+        finish(emulator.boot(&[Device::Network(device)], &words, OnRestart::End))
+    });
+    for frame in &frames {
+        let packet = frame.packet().unwrap_or_else(|error| panic!("{error}: {frame:?}"));
+        assert!(!packet.has_bad_checksum(), "{packet:?}");
+        assert!(frame.bytes().len() <= FRAME_BYTES_MAX, "{} bytes", frame.bytes().len());
+    }
 }
 
 #[test]

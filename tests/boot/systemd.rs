@@ -19,7 +19,7 @@ use frontend::wire::Wire;
 use rustix::fs::{CWD, FileType, Mode, makedev, mknodat};
 use rustix::process::{Gid, Uid};
 use tests::{
-    DiskImage, Machine, Rig, UserModeLinux, cannot_run, lacks_root, program, temp_dir,
+    Device, DiskImage, Machine, Rig, UserModeLinux, cannot_run, lacks_root, program, temp_dir,
     wait_for_exit,
 };
 
@@ -329,7 +329,7 @@ fn configure(instance: &str, description: &str) {
 
 /// Boots a guest on the disk behind `socket`, has it pass `check`, and returns what it found.
 fn pass(guests: &UserModeLinux, socket: &Path, check: &str, words: &[&str]) -> String {
-    let mut machine = guests.boot(socket, check, words);
+    let mut machine = guests.boot(&[Device::Block(socket)], check, words);
     let details = machine.expect_pass();
     let status = machine.wait();
     assert!(status.success(), "User-Mode Linux ended with {status}");

@@ -7,7 +7,7 @@ use crate::limits;
 use crate::sudden_death::{FileSystem, Scene};
 use guest::verdict::Verdict;
 use tests::{
-    Daemon, DaemonCommand, DiskImage, Rig, TempDir, UserModeLinux, temp_dir,
+    Daemon, DaemonCommand, Device, DiskImage, Machine, Rig, TempDir, UserModeLinux, temp_dir,
     temp_dir_with_direct_io,
 };
 
@@ -61,16 +61,21 @@ impl Bench {
         self.directory.path().join(CONTROL)
     }
 
+    /// Boots a guest on the disk.
+    fn boot(&self, check: &str, words: &[&str]) -> Machine {
+        self.guests.boot(&[Device::Block(self.daemon.socket())], check, words)
+    }
+
     /// Has a new guest pass `check`, and returns what it found.
     fn pass(&self, check: &str, words: &[&str]) -> String {
-        self.guests.pass(self.daemon.socket(), check, words)
+        self.guests.pass(&[Device::Block(self.daemon.socket())], check, words)
     }
 
     /// Has the disk grow under a guest, of which the daemon gets this news.
     fn grow(&self, seed: u64, news: [News<'_>; 2]) {
         let words = [format!("seed={seed}"), format!("size_bytes={}", growth::GROWN_BYTES)];
         let words = words.each_ref().map(String::as_str);
-        let mut machine = self.guests.boot(self.daemon.socket(), "grow", &words);
+        let mut machine = self.boot("grow", &words);
         growth::grow_in_steps(&mut machine, self.image.path(), news);
         growth::expect_added(self.image.path(), &UserModeLinux::finish(machine));
     }
@@ -185,7 +190,7 @@ fn outlives_sudden_deaths(
         image: bench.image.path(),
         boot: &|check, words| {
             let words: Vec<_> = words.iter().map(String::as_str).collect();
-            bench.guests.boot(bench.daemon.socket(), check, &words)
+            bench.boot(check, &words)
         },
         finish: &|machine| {
             UserModeLinux::finish(machine);
@@ -217,7 +222,7 @@ fn limits_hold_in_the_guest() {
     let Some(rig) = Rig::find() else { return };
     let guests = UserModeLinux::with_programs(rig, &[FIO]);
     let bench = Bench::start(guests, temp_dir(), &[], |path| DiskImage::sparse(path, DISK_BYTES));
-    let mut machine = bench.guests.boot(bench.daemon.socket(), "rate", &[]);
+    let mut machine = bench.boot("rate", &[]);
     limits::measure(&mut machine, &bench.control(), "User-Mode Linux", 1);
     UserModeLinux::finish(machine);
     bench.finish();
@@ -281,7 +286,7 @@ fn failing_check_is_reported_as_a_failure() {
     let Some(bench) = Bench::new(|path| DiskImage::sparse(path, DISK_BYTES)) else {
         return;
     };
-    let mut machine = bench.guests.boot(bench.daemon.socket(), "identity", &["serial=another"]);
+    let mut machine = bench.boot("identity", &["serial=another"]);
     let line = machine.wait_for(guest::verdict::MARK);
     assert!(matches!(Verdict::parse(&line), Some(Verdict::Fail(_))), "{line}");
 }

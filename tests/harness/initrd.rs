@@ -112,8 +112,9 @@ impl Initrd {
     /// # Panics
     /// If the file cannot be written.
     pub fn write(mut self, path: &Path) {
-        for mount_point in ["dev", "proc", "sys", "mnt"] {
-            self.directory(mount_point);
+        // The first four are mount points; iperf3 wants the last one.
+        for directory in ["dev", "proc", "sys", "mnt", "tmp"] {
+            self.directory(directory);
         }
         self.entry("TRAILER!!!", 0, &[]);
         fs::write(path, &self.archive)

@@ -10,6 +10,7 @@ mod capture;
 mod daemon;
 mod deadline;
 mod disk_image;
+mod echo;
 mod frame;
 mod initrd;
 mod iperf;
@@ -26,6 +27,7 @@ pub use capture::Capture;
 pub use daemon::{Daemon, DaemonCommand, engine_arguments, program};
 pub use deadline::wait_for_exit;
 pub use disk_image::DiskImage;
+pub use echo::Echo;
 pub use frame::{Checksum, Frame, Malformed, Packet, Transport};
 pub use initrd::Initrd;
 pub use iperf::Iperf;
@@ -35,7 +37,7 @@ pub use namespace::{Namespace, Tap};
 pub use requirement::{cannot_run, lacks_root, temp_dir_on_storage, temp_dir_with_direct_io};
 pub use rig::Rig;
 pub use tempfile::TempDir;
-pub use user_mode_linux::UserModeLinux;
+pub use user_mode_linux::{Device, UserModeLinux};
 
 /// A private directory that disappears with its value. Unix socket paths fit in it: its own path is short.
 ///

@@ -9,8 +9,30 @@ use crate::{Initrd, Machine, Rig, temp_dir};
 
 /// A guest is up within 2 s and most checks take less: this is for a machine that does much else meanwhile.
 const LIMIT: Duration = Duration::from_secs(120);
-/// The device number of a block device (VIRTIO 1.3, 5).
-const BLOCK: u32 = 2;
+/// What a network needs besides the disk's driver, in the order of dependencies.
+const NETWORK_MODULES: [&str; 5] = ["failover", "net_failover", "virtio_net", "crc-ccitt", "ipv6"];
+/// What the check "network" runs.
+const NETWORK_PROGRAM: &str = "usr/bin/iperf3";
+
+/// A device of a guest, by the vhost-user socket behind which it is.
+#[derive(Clone, Copy, Debug)]
+pub enum Device<'a> {
+    /// A disk: `/dev/vda`, the next one `/dev/vdb`.
+    Block(&'a Path),
+    /// A network interface: `eth0`, the next one `eth1`; of guests with [`UserModeLinux::with_network`].
+    Network(&'a Path),
+}
+
+impl Device<'_> {
+    /// The driver's parameter: the socket, and the device's number (VIRTIO 1.3, 5).
+    fn parameter(&self) -> String {
+        let (socket, number) = match self {
+            Self::Network(socket) => (socket, 1),
+            Self::Block(socket) => (socket, 2),
+        };
+        format!("virtio_uml.device={}:{number}", socket.display())
+    }
+}
 
 /// Everything that boots of User-Mode Linux share: kernel, modules, initial RAM disk.
 #[derive(Debug)]
@@ -33,8 +55,22 @@ impl UserModeLinux {
     /// # Panics
     /// If the rig lacks a part.
     pub fn with_programs(rig: Rig, programs: &[&str]) -> Self {
+        Self::prepare(rig, &[], programs)
+    }
+
+    /// The same, with what network devices need.
+    ///
+    /// # Panics
+    /// If the rig lacks a part.
+    pub fn with_network(rig: Rig) -> Self {
+        Self::prepare(rig, &NETWORK_MODULES, &[NETWORK_PROGRAM])
+    }
+
+    fn prepare(rig: Rig, modules: &[&str], programs: &[&str]) -> Self {
         let directory = temp_dir();
-        let mut initrd = Initrd::with_guest(&rig, &[rig.uml_module("virtio_blk")]);
+        let modules: Vec<_> =
+            ["virtio_blk"].iter().chain(modules).map(|name| rig.uml_module(name)).collect();
+        let mut initrd = Initrd::with_guest(&rig, &modules);
         initrd.program(&rig, "sbin/mke2fs");
         for program in programs {
             initrd.program(&rig, program);
@@ -48,12 +84,12 @@ impl UserModeLinux {
         &self.rig
     }
 
-    /// Boots a guest on the disk behind `socket`, has it pass `check` and power off, and returns what it found.
+    /// Boots a guest with these devices, has it pass `check` and power off, and returns what it found.
     ///
     /// # Panics
     /// If the check fails, or the guest does not get as far as powering off; the message has the console.
-    pub fn pass(&self, socket: &Path, check: &str, words: &[&str]) -> String {
-        Self::finish(self.boot(socket, check, words))
+    pub fn pass(&self, devices: &[Device<'_>], check: &str, words: &[&str]) -> String {
+        Self::finish(self.boot(devices, check, words))
     }
 
     /// Has a guest pass its check and power off, and returns what it found.
@@ -69,16 +105,16 @@ impl UserModeLinux {
         details
     }
 
-    /// Boots a guest that has the disk behind `socket` and runs `check`, with further words for its command line.
+    /// Boots a guest that has these devices and runs `check`, with further words for its command line.
     ///
     /// # Panics
     /// If it cannot be started.
-    pub fn boot(&self, socket: &Path, check: &str, words: &[&str]) -> Machine {
+    pub fn boot(&self, devices: &[Device<'_>], check: &str, words: &[&str]) -> Machine {
         let mut command = self.rig.tool("linux.uml");
         command
             .arg("mem=256M")
             .arg(format!("initrd={}", self.directory.path().join("initrd").display()))
-            .arg(format!("virtio_uml.device={}:{BLOCK}", socket.display()))
+            .args(devices.iter().map(Device::parameter))
             // One console, on the process's own stdin and stdout; no terminal emulator is started for others.
             .args(["con=null", "con0=fd:0,fd:1", "console=tty0", "quiet"])
             .arg(format!("uml_dir={}", self.directory.path().display()))

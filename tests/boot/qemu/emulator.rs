@@ -1,4 +1,5 @@
-//! QEMU without hardware virtualisation: a whole PC with an unmodified distribution kernel and QEMU's vhost-user-blk-pci.
+//! QEMU without hardware virtualisation: a whole PC with an unmodified distribution kernel and QEMU's vhost-user-blk-pci
+//! and vhost-user netdev.
 //!
 //! Contract: one [`Emulator`] has everything that several boots share, and runs one machine at a time. What a machine runs
 //! is a check of the `guest` package, named by words on its kernel's command line.
@@ -20,16 +21,19 @@ use tests::{Initrd, Machine, Rig, TempDir, temp_dir};
 const LIMIT: Duration = Duration::from_secs(180);
 /// The time in which an emulator that runs at all answers its monitor.
 const MONITOR_LIMIT: Duration = Duration::from_secs(60);
-/// Processors of the machine and queues of its disk: the driver takes a queue for each processor.
+/// Processors of the machine and queues of its disk: drivers take a queue, or a pair, for each processor.
 pub(crate) const QUEUE_COUNT: u16 = 4;
-/// What the drivers of the disk are made of, in the order of their dependencies.
-const MODULES: [&str; 6] = [
+/// What the drivers are made of, in the order of their dependencies.
+const MODULES: [&str; 9] = [
     "virtio_ring",
     "virtio",
     "virtio_pci_modern_dev",
     "virtio_pci_legacy_dev",
     "virtio_pci",
     "virtio_blk",
+    "failover",
+    "net_failover",
+    "virtio_net",
 ];
 /// Memory of the machine. The load's initial RAM disk needs most of it: fio and all its libraries, twice while unpacking.
 const MEMORY: &str = "512M";
@@ -37,6 +41,9 @@ const MEMORY: &str = "512M";
 /// not look whether the timer works, for it counts ticks over some milliseconds of its own, and panics where the host had
 /// no time for the emulator meanwhile.
 const KERNEL_WORDS: &str = "console=ttyS0 quiet panic=-1 no_timer_check";
+
+/// How often QEMU tries to connect to a back end that is gone.
+const RECONNECT_MS: u32 = 100;
 
 /// What happens when the guest restarts its machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,6 +54,66 @@ pub(crate) enum OnRestart {
     Again,
 }
 
+/// A device of a machine, by the vhost-user socket behind which it is.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Device<'a> {
+    /// A disk of [`QUEUE_COUNT`] queues: `/dev/vda`, the next one `/dev/vdb`.
+    Block(&'a Path),
+    /// A network interface: `eth0`, the next one `eth1`.
+    Network(Network<'a>),
+}
+
+/// What QEMU is told of a network interface. It waits for the back end and connects to the next one when that is gone.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Network<'a> {
+    pub(crate) socket: &'a Path,
+    /// The back end may have more.
+    pub(crate) queue_pairs: u16,
+    /// Properties of QEMU's `virtio-net-pci`, such as `mac=52:54:00:12:34:56` and `host_mtu=9000`.
+    pub(crate) properties: &'a [&'a str],
+}
+
+impl Device<'_> {
+    /// The emulator's options for it; `name` is no other device's.
+    fn arguments(&self, name: &str) -> Vec<String> {
+        match self {
+            Self::Block(socket) => [
+                "-chardev".into(),
+                format!("socket,id={name},path={}", socket.display()),
+                "-device".into(),
+                format!("vhost-user-blk-pci,chardev={name},num-queues={QUEUE_COUNT}"),
+            ]
+            .into(),
+            Self::Network(network) => network.arguments(name),
+        }
+    }
+}
+
+impl Network<'_> {
+    fn arguments(&self, name: &str) -> Vec<String> {
+        let Self { socket, queue_pairs, properties } = self;
+        // A vector for each queue, for the control queue and for the configuration.
+        let vectors = 2 * queue_pairs + 2;
+        // Its firmware would boot from the network: no test does.
+        let mut device = format!("virtio-net-pci,netdev={name},vectors={vectors},romfile=");
+        if *queue_pairs > 1 {
+            device += ",mq=on";
+        }
+        for property in *properties {
+            device = device + "," + property;
+        }
+        [
+            "-chardev".into(),
+            format!("socket,id={name},path={},reconnect-ms={RECONNECT_MS}", socket.display()),
+            "-netdev".into(),
+            format!("vhost-user,id={name},chardev={name},queues={queue_pairs}"),
+            "-device".into(),
+            device,
+        ]
+        .into()
+    }
+}
+
 /// What all machines share: the kernel, the initial RAM disk, the monitor's path.
 #[derive(Debug)]
 pub(crate) struct Emulator {
@@ -55,7 +122,7 @@ pub(crate) struct Emulator {
 }
 
 impl Emulator {
-    /// Prepares an initial RAM disk with the guest's checks, these programs of the rig, and modules beyond those of the disk.
+    /// Prepares an initial RAM disk with the guest's checks, these programs of the rig, and modules beyond those of its devices.
     /// `None`: this cannot run here, and has said why.
     pub(crate) fn new(programs: &[&str], modules: &[&str]) -> Option<Self> {
         let rig = Rig::find()?;
@@ -75,9 +142,14 @@ impl Emulator {
         &self.rig
     }
 
-    /// Boots a machine with the disk behind `socket`; the emulator puts the kernel into its memory.
-    pub(crate) fn boot(&self, socket: &Path, words: &str, on_restart: OnRestart) -> Machine {
-        let mut command = self.machine(socket, on_restart);
+    /// Boots a machine with these devices; the emulator puts the kernel into its memory.
+    pub(crate) fn boot(
+        &self,
+        devices: &[Device<'_>],
+        words: &str,
+        on_restart: OnRestart,
+    ) -> Machine {
+        let mut command = self.machine(devices, on_restart);
         command.arg("-kernel").arg(self.rig.kernel()).arg("-initrd").arg(self.initrd());
         command.arg("-append").arg(format!("{KERNEL_WORDS} {words}"));
         Machine::start(command, LIMIT)
@@ -85,7 +157,7 @@ impl Emulator {
 
     /// Boots a machine that is given nothing but the disk behind `socket`: its firmware reads the boot loader from there.
     pub(crate) fn boot_from_disk(&self, socket: &Path, on_restart: OnRestart) -> Machine {
-        Machine::start(self.machine(socket, on_restart), LIMIT)
+        Machine::start(self.machine(&[Device::Block(socket)], on_restart), LIMIT)
     }
 
     /// Makes a disk at `image` that boots to the check in `words`.
@@ -134,7 +206,7 @@ impl Emulator {
         self.directory.path().join("monitor")
     }
 
-    fn machine(&self, socket: &Path, on_restart: OnRestart) -> Command {
+    fn machine(&self, devices: &[Device<'_>], on_restart: OnRestart) -> Command {
         let mut command = self.rig.tool("qemu-system-x86_64");
         command
             .args([
@@ -158,12 +230,11 @@ impl Emulator {
             // The daemon maps the machine's memory, so it must be a file that both can share.
             .arg("-object")
             .arg(format!("memory-backend-memfd,id=memory,size={MEMORY},share=on"))
-            .arg("-chardev")
-            .arg(format!("socket,id=disk,path={}", socket.display()))
-            .arg("-device")
-            .arg(format!("vhost-user-blk-pci,chardev=disk,num-queues={QUEUE_COUNT}"))
             .arg("-qmp")
             .arg(format!("unix:{},server=on,wait=off", self.monitor().display()));
+        for (index, device) in devices.iter().enumerate() {
+            command.args(device.arguments(&format!("device{index}")));
+        }
         if on_restart == OnRestart::End {
             command.arg("-no-reboot");
         }

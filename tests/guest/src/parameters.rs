@@ -7,14 +7,24 @@
 //! | `size_bytes=N` | the size that the disk must have |
 //! | `serial=TEXT` | the serial number that it must have |
 //! | `seed=N` | of the pattern to write |
-//! | `queues=N` | how many request queues the driver must have set up |
+//! | `queues=N` | how many request or receive queues the driver must have set up |
 //! | `block_bytes=N` | the size of the logical blocks that the disk must have |
 //! | `cache=KIND` | the cache that the driver must find: `write-back` or `write-through` |
 //! | `switch=KIND` | the cache to switch to then |
 //! | `kind=NAME` | of file system: `ext4` or `xfs` |
 //! | `files=N` | how many files earlier machines have announced as stable |
+//! | `interface=NAME` | the network interface, `eth0` unless given |
+//! | `mac=ADDRESS` | the Ethernet address that it must have |
+//! | `mtu=N` | the MTU to give it |
+//! | `address=ADDRESS/LENGTH,…` | the IP addresses to give it |
+//! | `peer=ADDRESS` | who is at the other end |
+//! | `ping_bytes=N,…` | how much data pings to the peer are to have |
+//! | `echo_bytes=N` | how much the peer is to send back |
+//! | `load_seconds=N` | how long iperf3 is to run in each direction |
+//! | `streams=N` | how many connections it is to use, 1 unless given |
 
 use std::fs;
+use std::net::IpAddr;
 use std::path::PathBuf;
 
 use crate::checks::Failure;
@@ -33,6 +43,15 @@ pub(crate) struct Parameters {
     pub(crate) switch: Option<String>,
     pub(crate) kind: Option<String>,
     pub(crate) files: Option<u64>,
+    pub(crate) interface: String,
+    pub(crate) mac: Option<String>,
+    pub(crate) mtu: Option<u32>,
+    pub(crate) addresses: Vec<String>,
+    pub(crate) peer: Option<IpAddr>,
+    pub(crate) ping_bytes: Vec<u32>,
+    pub(crate) echo_bytes: Option<u64>,
+    pub(crate) load_seconds: Option<u64>,
+    pub(crate) streams: Option<u32>,
 }
 
 impl Parameters {
@@ -54,6 +73,15 @@ impl Parameters {
             switch: None,
             kind: None,
             files: None,
+            interface: "eth0".into(),
+            mac: None,
+            mtu: None,
+            addresses: Vec::new(),
+            peer: None,
+            ping_bytes: Vec::new(),
+            echo_bytes: None,
+            load_seconds: None,
+            streams: None,
         };
         for (name, value) in command_line.split_whitespace().filter_map(|word| word.split_once('='))
         {
@@ -69,6 +97,18 @@ impl Parameters {
                 "switch" => parameters.switch = Some(kernel_s_word(value)),
                 "kind" => parameters.kind = Some(value.to_owned()),
                 "files" => parameters.files = Some(value.parse()?),
+                "interface" => value.clone_into(&mut parameters.interface),
+                "mac" => parameters.mac = Some(value.to_owned()),
+                "mtu" => parameters.mtu = Some(value.parse()?),
+                "address" => parameters.addresses = value.split(',').map(str::to_owned).collect(),
+                "peer" => parameters.peer = Some(value.parse()?),
+                "ping_bytes" => {
+                    parameters.ping_bytes =
+                        value.split(',').map(str::parse).collect::<Result<_, _>>()?;
+                }
+                "echo_bytes" => parameters.echo_bytes = Some(value.parse()?),
+                "load_seconds" => parameters.load_seconds = Some(value.parse()?),
+                "streams" => parameters.streams = Some(value.parse()?),
                 // The rest is the kernel's.
                 _ => {}
             }
@@ -108,6 +148,14 @@ mod tests {
         assert_eq!(parameters.check, "read");
         assert_eq!(parameters.seed, Some(7));
         assert_eq!(parameters.disk.to_str(), Some("/dev/vda"));
+    }
+
+    #[test]
+    fn lists_are_split_at_commas() {
+        let parameters = Parameters::parse("address=10.0.0.2/24,fd00::2/64 ping_bytes=56,1472\n")
+            .expect("valid");
+        assert_eq!(parameters.addresses, ["10.0.0.2/24", "fd00::2/64"]);
+        assert_eq!(parameters.ping_bytes, [56, 1472]);
     }
 
     #[test]

@@ -36,9 +36,20 @@ impl fmt::Display for Verdict {
     }
 }
 
+/// The value of the word `name=value` among a verdict's details.
+pub fn word<'a>(details: &'a str, name: &str) -> Option<&'a str> {
+    details.split_whitespace().find_map(|word| word.strip_prefix(name)?.strip_prefix('='))
+}
+
 #[cfg(test)]
 mod tests {
-    use super::Verdict;
+    use super::{Verdict, word};
+
+    #[test]
+    fn words_are_found_by_their_whole_names() {
+        assert_eq!(word("in_all=1 in=2", "in"), Some("2"));
+        assert_eq!(word("in_all=1", "in"), None);
+    }
 
     #[test]
     fn a_verdict_survives_its_own_line() {

@@ -7,6 +7,7 @@ mod file_system;
 mod grow;
 mod identity;
 mod load;
+mod network;
 mod rate;
 mod read;
 mod restart;
@@ -34,6 +35,7 @@ pub(crate) fn run(parameters: &Parameters) -> Result<String, Failure> {
         "discard" => discard::run(parameters),
         "zeroes" => zeroes::run(parameters),
         "load" => load::run(parameters),
+        "network" => network::run(parameters),
         "restart" => restart::run(parameters),
         "grow" => grow::run(parameters),
         "rate" => rate::run(parameters),
