@@ -6,7 +6,8 @@
 use crate::aftermath::{Reaction, reaction};
 use crate::control;
 use crate::subject::{
-    QUEUE_COUNT, Subject, is_another_program, is_ours_to_promise, is_peer, must_work, promise,
+    QUEUE_COUNT, SETTLING, Subject, is_another_program, is_ours_to_promise, is_peer, must_work,
+    promise,
 };
 use frontend::block::{BlockDriver, Request};
 use frontend::front_end::FrontEnd;
@@ -28,8 +29,6 @@ use std::time::{Duration, Instant};
 const ROUNDS: usize = 1000;
 /// Halves of which one must leave nothing behind.
 const HALVES: usize = 4;
-/// The kernel closes what io_uring held a moment later than its owner; it takes no longer than this.
-const SETTLING: Duration = Duration::from_secs(1);
 /// What the allocator may have come to hold in a half without there being a leak: seen are one or
 /// two pages. A leak can hide in what it has free at first, some 100 KiB: 400 bytes a round cannot.
 const MEMORY_NOISE_BYTES: u64 = 32 << 10;

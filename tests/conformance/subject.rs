@@ -91,12 +91,17 @@ enum Process {
     Another(launch::Process),
 }
 
+/// The kernel closes what io_uring held a moment later than its owner; it takes no longer than this.
+pub(crate) const SETTLING: Duration = Duration::from_secs(1);
+
 /// A running back end and its disk.
 #[derive(Debug)]
 pub(crate) struct Subject {
     process: Process,
     socket: PathBuf,
     directory: TempDir,
+    /// What it had open when it served the next front end for the first time.
+    descriptors: Option<usize>,
 }
 
 impl Subject {
@@ -121,7 +126,7 @@ impl Subject {
             Ok(command) => Process::Another(start_another(&command, &socket, &image)),
             Err(_) => Process::Ours(ours(directory.path(), options).start()),
         };
-        Subject { process, socket, directory }
+        Subject { process, socket, directory, descriptors: None }
     }
 
     /// Our daemon on a host that lets it write no file beyond `limit_sectors`; disk and log
@@ -140,7 +145,7 @@ impl Subject {
         let mut process = launch::Process::spawn(shell.stdin(Stdio::null()).stderr(log))
             .expect("there is a shell");
         process.wait_for_socket(&socket);
-        Subject { process: Process::Another(process), socket, directory }
+        Subject { process: Process::Another(process), socket, directory, descriptors: None }
     }
 
     /// Our daemon where an io_uring cannot be made, for the reason `error`.
@@ -150,7 +155,7 @@ impl Subject {
         let socket = image.with_file_name("socket");
         let launcher = [WITHOUT_IO_URING, error];
         let daemon = ours(directory.path(), options).through(launcher).start();
-        Subject { process: Process::Ours(daemon), socket, directory }
+        Subject { process: Process::Ours(daemon), socket, directory, descriptors: None }
     }
 
     /// What our daemon has logged.
@@ -303,14 +308,22 @@ impl Subject {
         assert!(!has_died, "the back end has died (signal {signal})");
     }
 
-    /// What every hostile case ends with: the process lives, and serves the next front end on all
-    /// of its queues.
+    /// What every hostile case ends with: the process lives, serves the next front end on all of its
+    /// queues, and has no more open than when it did so for the first time.
+    #[track_caller]
     pub(crate) fn must_serve_the_next(&mut self) {
         self.must_live();
         let mut driver = self.driver(&Options { queue_count: QUEUE_COUNT, ..Options::default() });
         for queue in 0..QUEUE_COUNT {
             must_work(&mut driver, queue);
         }
+        let first = *self.descriptors.get_or_insert(self.count("fd"));
+        let deadline = Instant::now() + SETTLING;
+        while self.count("fd") > first && Instant::now() < deadline {
+            std::thread::yield_now();
+        }
+        let now = self.count("fd");
+        promise(now <= first, || format!("{now} descriptors are open, {first} were at first"));
     }
 }
 
