@@ -103,6 +103,10 @@ pub trait Device: Send + Sync + 'static {
     fn refresh_interval(&self) -> Option<Duration> {
         None
     }
+    /// Work that the host has given up before it came to a queue, where it tells; on the main thread.
+    fn host_drops(&self) -> Option<u64> {
+        None
+    }
     /// A front end has connected: it is another guest's, unless it says otherwise.
     fn new_session(&self) {}
     /// The files that operations name by their place here.

@@ -300,6 +300,10 @@ impl Device for NetDevice {
         self.forget_driver();
     }
 
+    fn host_drops(&self) -> Option<u64> {
+        self.shared.backend.host_drops()
+    }
+
     fn files(&self) -> Vec<BorrowedFd<'_>> {
         Vec::new()
     }

@@ -20,6 +20,10 @@ pub(super) struct Operator<D: Device> {
 }
 
 impl<D: Device> Operator<D> {
+    fn host_drops(&self) -> Option<u64> {
+        self.refresher.device().host_drops()
+    }
+
     /// Changes what is named, all of it or, where something is wrong, nothing.
     fn limit(&self, named: &BTreeMap<String, String>) -> Reply {
         let mut all = Change::default();
@@ -43,13 +47,13 @@ impl<D: Device> Operator<D> {
 impl<D: Device> Answers for Operator<D> {
     fn command(&self, command: Command) -> Reply {
         match command {
-            Command::Stats {} => Ok(self.metrics.to_json()),
+            Command::Stats {} => Ok(self.metrics.to_json(self.host_drops())),
             Command::Limit(named) => self.limit(&named),
             Command::Resize {} => self.refresher.refresh(Asked::ByOperator),
         }
     }
 
     fn openmetrics(&self) -> String {
-        self.metrics.to_openmetrics()
+        self.metrics.to_openmetrics(self.host_drops())
     }
 }

@@ -186,14 +186,17 @@ const QUANTILES: [(&str, u16); 5] =
     [("p50", 500), ("p90", 900), ("p99", 990), ("p999", 999), ("max", 1000)];
 
 impl Metrics {
-    /// All counters as the value of the `stats` reply: `{device, engine, daemon: {…}, limits: {…}, queues:
+    /// All counters as the value of the `stats` reply: `{device, engine, daemon: {…}, host_drops, limits: {…}, queues:
     /// [{…, drops: {reason: …}, kinds: {name: {…}}}]}`, counts since the process started, latencies in nanoseconds.
-    pub fn to_json(&self) -> Value {
+    ///
+    /// `host_drops` is what the device says of the host, and is told as `host_drops`; `null`: it says nothing.
+    pub fn to_json(&self, host_drops: Option<u64>) -> Value {
         let queues: Vec<Value> = self.queues.iter().map(|queue| self.queue_json(queue)).collect();
         json!({
             "device": self.identity.device,
             "engine": self.identity.engine,
             "daemon": counters_json(DAEMON_COUNTERS, &self.daemon),
+            "host_drops": host_drops,
             "limits": self.limits_json(),
             "queues": queues,
         })
@@ -221,7 +224,7 @@ impl Metrics {
     }
 
     /// All counters as OpenMetrics 1.0.0 text, `# EOF` included.
-    pub fn to_openmetrics(&self) -> String {
+    pub fn to_openmetrics(&self, host_drops: Option<u64>) -> String {
         let mut text = Text(String::new());
         let device = format!("device=\"{}\"", self.identity.device);
         text.family("outboard_daemon", "info", None, "What serves the device.");
@@ -230,6 +233,12 @@ impl Metrics {
         for definition in DAEMON_COUNTERS {
             text.counter_family(definition);
             text.counter(definition, &device, &self.daemon);
+        }
+        let (family, help) =
+            ("outboard_host_drops", "Work that the host gave up before it came here.");
+        text.family(family, "counter", None, help);
+        if let Some(count) = host_drops {
+            text.line(format_args!("{family}_total{{{device}}} {count}"));
         }
         let topics = self.vocabulary.limits.iter();
         let terms: Vec<(Topic, Term)> = topics
@@ -389,7 +398,8 @@ mod tests {
 
     #[test]
     fn json_holds_every_counter_of_its_queue_and_kind() {
-        let stats = sample().to_json();
+        let stats = sample().to_json(None);
+        assert_eq!(stats["host_drops"], json!(null));
         assert_eq!((&stats["device"], &stats["engine"]), (&json!("block"), &json!("threads")));
         assert_eq!(
             stats["daemon"],
@@ -421,8 +431,9 @@ mod tests {
 
     #[test]
     fn openmetrics_has_a_sample_per_label_set_and_ends_with_eof() {
-        let text = sample().to_openmetrics();
+        let text = sample().to_openmetrics(Some(17));
         for line in [
+            "outboard_host_drops_total{device=\"block\"} 17",
             "# TYPE outboard_daemon info",
             "outboard_daemon_info{device=\"block\",engine=\"threads\"} 1",
             "# TYPE outboard_sessions counter",
@@ -451,7 +462,7 @@ mod tests {
 
     #[test]
     fn samples_follow_the_header_of_their_family_and_no_series_is_written_twice() {
-        let text = sample().to_openmetrics();
+        let text = sample().to_openmetrics(None);
         let mut family = "";
         let mut series = HashSet::new();
         let mut families = HashSet::new();
@@ -479,7 +490,7 @@ mod tests {
             .map(|definition| definition.family)
             .chain(QUEUE_COUNTERS.iter().map(|definition| definition.family))
             .chain(KIND_COUNTERS.iter().map(|definition| definition.family))
-            .chain([KIND_LATENCY.family, DROPS.family])
+            .chain([KIND_LATENCY.family, DROPS.family, "outboard_host_drops"])
             .chain(LIMITS.iter().map(|definition| definition.family))
             .collect();
         assert_eq!(families.iter().collect::<HashSet<_>>().len(), families.len());

@@ -142,6 +142,14 @@ impl Backend {
         }
     }
 
+    /// Frames that the host has dropped because the guest did not take them in time, where it tells. Main thread only.
+    pub(crate) fn host_drops(&self) -> Option<u64> {
+        match self {
+            Self::Tap(tap) => tap.host_drops(),
+            Self::Stream(_) | Self::Null(_) => None,
+        }
+    }
+
     /// Whether the descriptors lead anywhere.
     pub(crate) fn link(&self) -> &Link {
         match self {

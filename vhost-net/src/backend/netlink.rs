@@ -28,7 +28,7 @@ use rustix::net::netlink::SocketAddrNetlink;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
 use rustix::net::{bind, recv, send, socket_with};
 
-/// Room for an answer: the kernel's own largest is a page or 8 KiB, an interface's without statistics 1 to 2 KiB.
+/// Room for an answer: the kernel's own largest is a page or 8 KiB, an interface's 1 to 2 KiB.
 const ANSWER_BYTES: usize = 32 << 10;
 /// Answers to others' requests that are passed over before a socket is taken to be of no use.
 const STRAY_ANSWERS_MAX: usize = 64;
@@ -50,7 +50,7 @@ const IFLA_LINK: u16 = 5;
 // tidy(words): IFLA_MASTER to the kernel.
 const IFLA_PORT_OF: u16 = 10;
 const IFLA_LINKINFO: u16 = 18;
-const IFLA_EXT_MASK: u16 = 29;
+const IFLA_STATS64: u16 = 23;
 const IFLA_NUM_TX_QUEUES: u16 = 31;
 const IFLA_NUM_RX_QUEUES: u16 = 32;
 const IFLA_INFO_KIND: u16 = 1;
@@ -60,7 +60,6 @@ const MACVLAN_MODE_BRIDGE: u32 = 4;
 const IFLA_TUN_TYPE: u16 = 3;
 const IFLA_TUN_MULTI_QUEUE: u16 = 7;
 const IFLA_TUN_NUM_QUEUES: u16 = 8;
-const RTEXT_FILTER_SKIP_STATS: u32 = 8;
 
 /// An interface as the kernel describes it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -77,6 +76,16 @@ pub(super) struct Interface {
     /// `tun`, `macvtap`, `bridge`, `veth`; none for hardware.
     pub(super) kind: Option<String>,
     pub(super) tun: TunDetails,
+    pub(super) dropped: Dropped,
+}
+
+/// Frames that found no room, since the interface was made.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Dropped {
+    /// On their way from the interface to the host's network, or to its macvtap.
+    pub(super) received: u64,
+    /// On their way from the host's network to the interface: to who holds the tap.
+    pub(super) transmitted: u64,
 }
 
 /// What is known of an interface of the kind `tun` only, and of a kernel from 4.17 on.
@@ -144,7 +153,7 @@ impl Netlink {
 
     /// The interface, or none that is in this network namespace.
     pub(super) fn find(&self, which: Which<'_>) -> rustix::io::Result<Option<Interface>> {
-        let mut request = match which {
+        let request = match which {
             Which::Name(name) => {
                 let mut request = Message::new(libc::RTM_GETLINK, 0, Link::default());
                 request.name(name);
@@ -154,7 +163,6 @@ impl Netlink {
                 Message::new(libc::RTM_GETLINK, 0, Link { index, ..Link::default() })
             }
         };
-        request.number(IFLA_EXT_MASK, RTEXT_FILTER_SKIP_STATS);
         match self.ask(request) {
             Ok(answer) => Ok(parse_interface(&answer)),
             Err(Errno::NODEV) => Ok(None),
@@ -360,6 +368,11 @@ fn parse_interface(payload: &[u8]) -> Option<Interface> {
             IFLA_ADDRESS => interface.address = value.try_into().ok(),
             IFLA_PORT_OF => interface.bridge_index = number(value),
             IFLA_LINKINFO => parse_kind(value, &mut interface),
+            // `struct rtnl_link_stats64`: packets, bytes and errors of both ways come before.
+            IFLA_STATS64 => {
+                let count = |at| array(value, at).map_or(0, u64::from_ne_bytes);
+                interface.dropped = Dropped { received: count(48), transmitted: count(56) };
+            }
             _ => {}
         }
     }

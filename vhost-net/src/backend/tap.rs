@@ -321,6 +321,15 @@ impl Tap {
         first.is_some_and(|queue| descriptor::interface(queue.receive.as_fd()).is_ok())
     }
 
+    /// Frames that the kernel has dropped because the guest did not take them in time. Main thread only.
+    pub(super) fn host_drops(&self) -> Option<u64> {
+        let dropped = find(&self.netlink, self.source.name()).ok()??.dropped;
+        Some(match self.source {
+            Source::Tap { .. } => dropped.transmitted,
+            Source::Macvtap(_) => dropped.received,
+        })
+    }
+
     /// Opens the interface again, under the same numbers; false where there is none. Goes on where it failed before.
     fn reopen(&self) -> Result<bool, OpenError> {
         if !self.is_attached() && !self.attach_again()? {

@@ -625,3 +625,23 @@ fn macvtap_follows_its_parent() {
         exchange_arp_as(&tap, address.unwrap(), 12);
     });
 }
+
+#[test]
+fn frames_that_nobody_takes_are_dropped_and_counted_by_the_host() {
+    in_namespace(|| {
+        let tap = open("tap=t0", 1).unwrap();
+        assert_eq!(tap.host_drops(), Some(0));
+        ip("addr add 10.0.0.1/24 dev t0");
+        ip("neigh add 10.0.0.2 lladdr 52:54:00:12:34:56 dev t0");
+        ip("link set t0 txqueuelen 100");
+        // One socket may have as much under way as its send buffer holds: several fill the queue.
+        for _ in 0..20 {
+            let socket = UdpSocket::bind("10.0.0.1:0").unwrap();
+            socket.set_nonblocking(true).unwrap();
+            for _ in 0..100 {
+                let _ = socket.send_to(&[0; 32], "10.0.0.2:9");
+            }
+        }
+        assert!(tap.host_drops().unwrap() > 0, "{}", ip("-s link show t0"));
+    });
+}
