@@ -4,7 +4,8 @@
 //! first bytes of the frame, which are received into memory of ours, looked at there, and copied. How long a frame is, a
 //! tap tells only when it has been received. So chains are gathered for a frame as long as lately ones were
 //! ([`Expectation`]); what is longer ends in the *spill*, memory of ours, and is copied to further chains. A chain that
-//! was not needed waits for the next frame, and goes back to the ring when there is none.
+//! was not needed waits for the next frame, and goes back to the ring when there is none. On a port of a VLAN every
+//! frame lands in the spill, since others may be none of the guest's business.
 //!
 //! A frame that cannot be delivered as it came is *held*, one at a time, in memory of ours: over a limit until its
 //! time, or while the driver gives too few buffers. Then nothing more is received: what comes waits in the back end's
@@ -160,13 +161,16 @@ impl Receiver {
         if self.room.is_empty() {
             return Err(Pause::Waits);
         }
+        let room_bytes =
+            if self.is_isolated() { 0 } else { self.room.len_bytes().saturating_sub(body_at) };
+        let room = Buffers::new(&self.room.buffers).slice(body_at, room_bytes);
         self.places.clear();
         self.places.push(self.head.buffer());
-        self.places.extend(Buffers::new(&self.room.buffers).slice(body_at, usize::MAX).iter());
+        self.places.extend(room.iter());
         self.places.push(self.spill.buffer());
         let (landing, backend) = (Landing(&self.places), self.shared.backend());
         match self.source.receive(landing, &mut self.list, backend, io) {
-            Ok(frame_bytes) => self.take(frame_bytes, io),
+            Ok(frame_bytes) => self.take(frame_bytes, room_bytes, io),
             Err(Errno::AGAIN) => {
                 if let Some(channel) = self.source.channel() {
                     io.await_channel(channel, Readiness::Readable);
@@ -190,14 +194,26 @@ impl Receiver {
         }
     }
 
+    /// Whether frames may come that are none of the guest's business: those of other VLANs. A driver could find them in
+    /// buffers that it has not got back, so they are looked at before anything is in guest memory.
+    fn is_isolated(&self) -> bool {
+        self.shared.vlan().is_some()
+    }
+
     /// Where the body of a frame begins in guest memory.
     fn body_at(&self) -> usize {
         let tag = if self.shared.vlan().is_some() { 0 } else { VLAN_TAG_BYTES };
         self.header_bytes + ETHERNET_BYTES + tag
     }
 
-    /// A frame of `frame_bytes` has come: its head is in `head`, its body in the room and in the spill.
-    fn take(&mut self, frame_bytes: usize, io: &mut QueueIo<'_>) -> Result<(), Pause> {
+    /// A frame of `frame_bytes` has come: its head is in `head`, its body in the room, of which `room_bytes` were there
+    /// for it, and in the spill.
+    fn take(
+        &mut self,
+        frame_bytes: usize,
+        room_bytes: usize,
+        io: &mut QueueIo<'_>,
+    ) -> Result<(), Pause> {
         self.expectation.learn(frame_bytes);
         let frame = match self.examine(frame_bytes) {
             Ok(frame) => frame,
@@ -207,7 +223,7 @@ impl Receiver {
             }
         };
         let body_at = self.body_at();
-        let in_place = self.room.len_bytes().saturating_sub(body_at).min(frame.body_bytes);
+        let in_place = room_bytes.min(frame.body_bytes);
         if !io.admit(rate_limit::Direction::ToDriver, frame.len_bytes() as u64) {
             self.hold(frame, in_place, false);
             return Err(Pause::Waits);
