@@ -253,6 +253,8 @@ pub(crate) struct Turn {
     pub(crate) place: Option<Place>,
     /// The device wants a chain and there is none: a kick is wanted.
     pub(crate) dry: bool,
+    /// Chains that the device has put back into the ring: it waits for others.
+    pub(crate) put_back: u16,
     /// The driver was asked for a kick, and no chain has been popped since.
     pub(crate) armed: bool,
     /// Operations that have not ended.
@@ -286,6 +288,7 @@ impl QueueIo<'_> {
                 self.state.budget -= 1;
                 // The driver's next kick may be behind us: it is asked for anew before a sleep.
                 self.state.armed = false;
+                self.state.put_back = self.state.put_back.saturating_sub(1);
                 return Some(chain);
             }
             Ok(None) => self.state.dry = true,
@@ -431,10 +434,19 @@ impl QueueIo<'_> {
         self.break_off(fault);
     }
 
-    /// Ends a chain as if it had never been popped; of several, the newest first.
+    /// Ends a chain as if it had never been popped; of several, the newest first. What the queue
+    /// waits for then is something else than chains, unless it says so ([`want_more`](Self::want_more)).
     pub fn retract(&mut self, chain: Chain) {
         self.state.budget += 1;
+        self.state.dry = false;
+        self.state.put_back += 1;
         self.ring.retract(chain);
+    }
+
+    /// Has the runtime call [`DeviceQueue::process`] when the driver has made more chains available
+    /// than there were, because those do not suffice. To be said after they were retracted.
+    pub fn want_more(&mut self) {
+        self.state.dry = true;
     }
 
     /// Tells the log of a fault of the host. The data path itself never logs.

@@ -69,12 +69,12 @@ impl Ring {
     /// # Errors
     /// The driver broke a rule: [`break_off`](Self::break_off) is next.
     pub fn request_kick(&mut self) -> Result<bool, RingError> {
-        self.0.request_kick()
+        self.0.request_kick(0)
     }
 
     /// Whether the driver seems to have made chains available.
     pub fn has_available(&self) -> bool {
-        self.0.has_available()
+        self.0.has_available(0)
     }
 
     /// Marks the ring broken.

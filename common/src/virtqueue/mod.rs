@@ -229,17 +229,19 @@ impl Virtqueue {
         self.ring.suppress_kicks();
     }
 
-    /// Asks for a kick; true when a chain is available already.
+    /// Asks for a kick; true when a chain is available already, beside `known` ones that were
+    /// retracted.
     ///
     /// # Errors
     /// The driver's index jumped; the ring is broken from now on.
-    pub(crate) fn request_kick(&mut self) -> Result<bool, RingError> {
-        if self.broken { Ok(false) } else { self.ring.request_kick() }
+    pub(crate) fn request_kick(&mut self, known: u16) -> Result<bool, RingError> {
+        if self.broken { Ok(false) } else { self.ring.request_kick(known) }
     }
 
-    /// Whether the driver seems to have made chains available.
-    pub(crate) fn has_available(&self) -> bool {
-        !self.broken && self.ring.has_available()
+    /// Whether the driver seems to have made chains available, beside `known` ones that were
+    /// retracted.
+    pub(crate) fn has_available(&self, known: u16) -> bool {
+        !self.broken && self.ring.has_available(known)
     }
 
     /// Marks the ring broken.

@@ -134,9 +134,9 @@ impl SplitRing {
         self.next_available = self.next_available.wrapping_sub(1);
     }
 
-    /// Whether the driver's index has moved on: a hint, for who does not sleep.
-    pub(super) fn has_available(&self) -> bool {
-        self.available.load_u16(INDEX, Ordering::Relaxed) != self.next_available
+    /// Whether the driver's index has moved on, beyond the next `known` entries: a hint, for who does not sleep.
+    pub(super) fn has_available(&self, known: u16) -> bool {
+        self.available.load_u16(INDEX, Ordering::Relaxed) != self.next_available.wrapping_add(known)
     }
 
     /// Loads the driver's index; true when there is something to take.
@@ -207,12 +207,13 @@ impl SplitRing {
         }
     }
 
-    /// Asks for a kick at the next available entry, and looks once more: true means that one came
-    /// in between, whose kick may have been suppressed.
-    pub(super) fn request_kick(&mut self) -> Result<bool, RingError> {
+    /// Asks for a kick at the available entry after the next `known` ones, and looks once more: true means that one
+    /// came in between, whose kick may have been suppressed.
+    pub(super) fn request_kick(&mut self, known: u16) -> Result<bool, RingError> {
+        let awaited = self.next_available.wrapping_add(known);
         if self.event_idx {
             let offset = self.available_event_offset();
-            self.used.store_u16(offset, self.next_available, Ordering::Relaxed);
+            self.used.store_u16(offset, awaited, Ordering::Relaxed);
         } else {
             self.used.store_u16(0, 0, Ordering::Relaxed);
         }
@@ -220,7 +221,8 @@ impl SplitRing {
         // barrier between raising idx and reading the event index or flags (VIRTIO 1.3,
         // 2.7.13.4.1). Anything weaker lets both sides miss each other and the ring sleeps.
         fence(Ordering::SeqCst);
-        self.look()
+        self.look()?;
+        Ok(self.seen_available != awaited)
     }
 
     /// VIRTIO 1.3, 2.7.6: `used_event` follows the available ring's entries.

@@ -268,18 +268,40 @@ fn kick_is_asked_for_where_the_driver_looks() {
     let mut with_index = queue(&driver, VIRTIO_F_EVENT_IDX);
     driver.describe(0, (DATA, 1), 0, 0);
     let chain = pop(&mut driver, &mut with_index, 0).expect("good").expect("a chain");
-    assert!(!with_index.request_kick().expect("good"));
+    assert!(!with_index.request_kick(0).expect("good"));
     assert_eq!(driver.available_event(), 1);
     driver.offer(0);
-    assert!(with_index.request_kick().expect("good"), "a chain came in between");
+    assert!(with_index.request_kick(0).expect("good"), "a chain came in between");
     with_index.used(chain, 0);
 
     let (_, driver) = machine();
     let mut with_flag = queue(&driver, 0);
     with_flag.suppress_kicks();
     assert_eq!(driver.used_flags(), 1);
-    assert!(!with_flag.request_kick().expect("good"));
+    assert!(!with_flag.request_kick(0).expect("good"));
     assert_eq!(driver.used_flags(), 0);
+}
+
+#[test]
+fn kick_is_asked_for_beyond_chains_that_were_put_back() {
+    for features in [VIRTIO_F_EVENT_IDX, 0] {
+        let (_, mut driver) = machine();
+        let mut queue = queue(&driver, features);
+        for head in 0..3 {
+            driver.describe(head, (DATA, 1), 0, 0);
+        }
+        let first = pop(&mut driver, &mut queue, 0).expect("good").expect("a chain");
+        let second = pop(&mut driver, &mut queue, 1).expect("good").expect("a chain");
+        queue.retract(second);
+        queue.retract(first);
+        assert!(queue.has_available(0) && queue.request_kick(0).expect("good"));
+        assert!(!queue.has_available(2) && !queue.request_kick(2).expect("good"));
+        if features != 0 {
+            assert_eq!(driver.available_event(), 2);
+        }
+        driver.offer(2);
+        assert!(queue.has_available(2) && queue.request_kick(2).expect("good"));
+    }
 }
 
 #[test]

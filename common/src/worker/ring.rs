@@ -209,6 +209,7 @@ impl<Q: DeviceQueue> ActiveRing<Q> {
         self.turn.budget = MAX_CHAINS_PER_TURN;
         (self.turn.more, self.turn.dry, self.turn.armed) = (false, false, false);
         (self.turn.throttled_until_ns, self.look_ns) = (None, None);
+        self.turn.put_back = 0;
         self.ring.suppress_kicks();
         self.with_queue(engine, |queue, io| queue.process(io));
         self.runnable = self.turn.more;
@@ -223,7 +224,7 @@ impl<Q: DeviceQueue> ActiveRing<Q> {
 
     /// Whether the driver seems to have made a chain available that the device waits for.
     pub(super) fn has_chains(&self) -> bool {
-        self.turn.dry && self.stopped.is_none() && self.ring.has_available()
+        self.turn.dry && self.stopped.is_none() && self.ring.has_available(self.turn.put_back)
     }
 
     /// Before the worker sleeps: asks the driver for a kick if the device waits for a chain. The
@@ -232,7 +233,7 @@ impl<Q: DeviceQueue> ActiveRing<Q> {
         if !self.turn.dry || self.turn.armed || self.stopped.is_some() {
             return;
         }
-        match self.ring.request_kick() {
+        match self.ring.request_kick(self.turn.put_back) {
             Ok(waiting) => (self.turn.armed, self.runnable) = (!waiting, waiting),
             Err(fault) => {
                 self.break_off(fault);
@@ -350,7 +351,7 @@ impl<Q: DeviceQueue> ActiveRing<Q> {
         self.leave_line();
         self.with_queue(engine, |queue, io| queue.stop(io));
         // Whoever serves the ring next may rely on a kick.
-        if let Err(fault) = self.ring.request_kick() {
+        if let Err(fault) = self.ring.request_kick(0) {
             self.break_off(fault);
         }
         self.forget_channel(engine)?;

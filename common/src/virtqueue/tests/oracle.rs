@@ -630,7 +630,7 @@ impl<'a> Pair<'a> {
 
     fn request_kick(&mut self) -> Result<bool, TestCaseError> {
         let theirs = self.theirs.enable_notification(&self.memory).expect("in memory");
-        match self.ours.request_kick() {
+        match self.ours.request_kick(0) {
             Ok(ours) => {
                 agree!(ours, theirs, "whether chains wait while kicks are asked for");
                 self.seen = self.shown;
