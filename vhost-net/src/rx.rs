@@ -98,6 +98,8 @@ enum Gathered {
 enum Pause {
     /// The ring, a limit or the channel says when to go on.
     Waits,
+    /// The driver has given too few chains for the frame that is held.
+    Short,
     /// There may be more, in another turn.
     Again,
 }
@@ -123,10 +125,13 @@ impl Receiver {
     }
 
     pub(crate) fn process(&mut self, io: &mut QueueIo<'_>) {
-        if let Pause::Again = self.receive_frames(io) {
-            io.again();
-        }
+        let pause = self.receive_frames(io);
         self.room.give_back(io);
+        match pause {
+            Pause::Waits => {}
+            Pause::Short => io.want_more(),
+            Pause::Again => io.again(),
+        }
     }
 
     /// The ring is to stop: what is held has nobody to go to.
@@ -228,16 +233,16 @@ impl Receiver {
             self.hold(frame, in_place, false);
             return Err(Pause::Waits);
         }
+        if self.make_room(&frame, io) == Gathered::Short {
+            if self.room.is_all_there_can_be(self.merges) {
+                io.give_up(Reason::TooLong.place());
+                return Ok(());
+            }
+            self.hold(frame, in_place, true);
+            return Err(Pause::Short);
+        }
         let spilt = frame.body_bytes - in_place;
         if spilt > 0 {
-            if self.make_room(&frame, io) == Gathered::Short {
-                if self.room.is_all_there_can_be(self.merges) {
-                    io.give_up(Reason::TooLong.place());
-                    return Ok(());
-                }
-                self.hold(frame, in_place, true);
-                return Err(Pause::Waits);
-            }
             let rest = Buffers::new(&self.room.buffers).slice(body_at + in_place, spilt);
             rest.copy_from(Buffers::new(&[self.spill.buffer()]));
         }
@@ -312,7 +317,7 @@ impl Receiver {
                 return Ok(());
             }
             self.held = Some(Held { frame, admitted });
-            return Err(Pause::Waits);
+            return Err(Pause::Short);
         }
         if let Some(memory) = &self.held_body {
             let body_at = self.header_bytes + frame.ethernet_bytes;
@@ -373,6 +378,8 @@ struct Room {
     /// Their buffers, one chain's after the other's.
     buffers: Vec<HostBuffer>,
     len_bytes: usize,
+    /// The next chain has more buffers than find a place.
+    is_full: bool,
     queue_size: u16,
 }
 
@@ -387,7 +394,7 @@ impl Room {
     fn new(queue_size: u16) -> Self {
         let chains = Vec::with_capacity(usize::from(queue_size));
         let buffers = Vec::with_capacity(ROOM_BUFFERS_MAX);
-        Self { chains, buffers, len_bytes: 0, queue_size }
+        Self { chains, buffers, len_bytes: 0, is_full: false, queue_size }
     }
 
     fn is_empty(&self) -> bool {
@@ -400,7 +407,7 @@ impl Room {
 
     /// Pops chains until there is room for `wanted` bytes, or there are no more.
     fn gather(&mut self, wanted: usize, io: &mut QueueIo<'_>) {
-        while self.len_bytes < wanted && self.buffers.len() < ROOM_BUFFERS_MAX {
+        while self.len_bytes < wanted && !self.is_full {
             let Some(chain) = io.pop() else { return };
             let writable = io.writable(&chain);
             let before = self.buffers.len();
@@ -410,6 +417,7 @@ impl Room {
             // What is beyond the limit in a chain that is alone is not used.
             self.buffers.extend(writable.iter().take(ROOM_BUFFERS_MAX));
             let buffer_count = self.buffers.len() - before;
+            self.is_full = self.buffers.len() >= ROOM_BUFFERS_MAX;
             if self.buffers.len() > ROOM_BUFFERS_MAX {
                 self.buffers.truncate(before);
                 return io.retract(chain);
@@ -422,9 +430,8 @@ impl Room {
 
     /// Whether waiting brings no more room for a frame: it is in one chain, or in all.
     fn is_all_there_can_be(&self, merges: bool) -> bool {
-        let is_full = self.buffers.len() >= ROOM_BUFFERS_MAX
-            || self.chains.len() >= usize::from(self.queue_size);
-        !self.is_empty() && (!merges || is_full)
+        let is_all = self.is_full || self.chains.len() >= usize::from(self.queue_size);
+        !self.is_empty() && (!merges || is_all)
     }
 
     /// How many chains `total` bytes take.
@@ -458,6 +465,7 @@ impl Room {
             }
         }
         self.buffers.drain(..buffer_count);
+        self.is_full = false;
     }
 
     /// Gives all chains back to the ring.
@@ -466,6 +474,6 @@ impl Room {
             io.retract(gathering.chain);
         }
         self.buffers.clear();
-        self.len_bytes = 0;
+        (self.len_bytes, self.is_full) = (0, false);
     }
 }
