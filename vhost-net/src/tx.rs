@@ -116,7 +116,10 @@ impl Transmitter {
     /// Sends what is in the outbox; false while it is not empty.
     fn empty_outbox(&mut self, io: &mut QueueIo<'_>) -> bool {
         if self.outbox.generation != self.shared.link().generation() {
-            self.outbox.discard();
+            if !self.outbox.is_empty() {
+                self.outbox.discard();
+                io.give_up(Reason::LinkDown.place());
+            }
             match self.shared.backend().adopt(Side::Transmit) {
                 Ok(generation) => self.outbox.generation = generation,
                 Err(errno) => self.lose(errno, io),
