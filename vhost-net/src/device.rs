@@ -13,6 +13,7 @@ use common::device::{Device, DeviceQueue, Network, QueueIo, Runtime};
 use common::engine::{ChannelIndex, Completion};
 use common::rate_limit::Topic;
 use rustix::io::Errno;
+use tokio::sync::Notify;
 use tracing::{info, warn};
 
 use crate::announcement::{ANNOUNCEMENT_BYTES, announcement};
@@ -60,6 +61,8 @@ pub(crate) struct Shared {
     filter: Filter,
     port: Port,
     pairs: Mutex<Pairs>,
+    /// Pairs have been attached to the back end: their queues are to look at it.
+    attached: Notify,
 }
 
 /// What is known of queue pairs while their rings are not running, too.
@@ -180,16 +183,28 @@ impl Shared {
             Command::VlanAdd(vlan) => self.filter.add_vlan(*vlan),
             Command::VlanDelete(vlan) => self.filter.delete_vlan(*vlan),
             Command::AnnounceAck => self.state.announced(),
-            Command::QueuePairs(pairs) => {
-                self.state.set_active_pairs(*pairs);
-                self.attach_queues(&self.pairs())?;
-            }
+            Command::QueuePairs(pairs) => self.use_pairs(*pairs)?,
             Command::GuestOffloads(bits) => {
                 self.backend.apply(wanted_offloads(*bits), HEADER_BYTES)?;
                 self.state.set_offloads(*bits);
             }
         }
         Ok(())
+    }
+
+    /// Receives on this many pairs from now on; on as many as before where the back end refuses.
+    fn use_pairs(&self, count: u16) -> Result<(), Errno> {
+        let before = self.state.active_pairs();
+        self.state.set_active_pairs(count);
+        let attached = self.attach_queues(&self.pairs());
+        if attached.is_ok() {
+            self.attached.notify_one();
+        } else {
+            self.state.set_active_pairs(before);
+            // Who is told of the first refusal need not hear of a second one.
+            let _ = self.attach_queues(&self.pairs());
+        }
+        attached
     }
 
     /// Has the back end give frames to those pairs only whose receive ring runs, and which the driver uses.
@@ -227,7 +242,8 @@ impl NetDevice {
             inlet: Inlet::default(),
         };
         let filter = Filter::new();
-        let shared = Shared { backend, state, filter, port, pairs: Mutex::new(pairs) };
+        let pairs = Mutex::new(pairs);
+        let shared = Shared { backend, state, filter, port, pairs, attached: Notify::new() };
         let acknowledged = AtomicU64::new(0);
         Self { shared: Arc::new(shared), offered, acknowledged }
     }
@@ -237,18 +253,26 @@ impl NetDevice {
         if self.acknowledged.swap(features, Ordering::Relaxed) == features {
             return;
         }
-        let Shared { state, filter, backend, .. } = &*self.shared;
+        let Shared { state, filter, .. } = &*self.shared;
         state.negotiated(features);
         filter.negotiated(features);
-        if let Err(errno) = backend.apply(wanted_offloads(state.offloads()), HEADER_BYTES) {
-            warn!(%errno, "the back end does not hand frames over as the driver takes them");
-        }
+        self.apply_offloads();
     }
 
     fn forget_driver(&self) {
         self.acknowledged.store(0, Ordering::Relaxed);
-        self.shared.state.reset();
-        self.shared.filter.reset();
+        let Shared { state, filter, .. } = &*self.shared;
+        state.reset();
+        filter.reset();
+        self.apply_offloads();
+    }
+
+    /// Has the back end hand frames over as the driver takes them.
+    fn apply_offloads(&self) {
+        let Shared { state, backend, .. } = &*self.shared;
+        if let Err(errno) = backend.apply(wanted_offloads(state.offloads()), HEADER_BYTES) {
+            warn!(%errno, "the back end does not hand frames over as the driver takes them");
+        }
     }
 
     /// The receive ring of a pair runs, or no longer does.
@@ -339,22 +363,26 @@ impl Device for NetDevice {
 
     async fn errands(&self, runtime: &impl Runtime) -> Infallible {
         let shared = &self.shared;
-        shared
-            .backend
-            .watch(|event| {
-                if shared.state.set_link(event.up) {
-                    // Where it is plugged in now, nobody knows the guest yet.
-                    let features = self.acknowledged.load(Ordering::Relaxed);
-                    shared.state.announce(if event.up { features } else { 0 });
-                    runtime.config_changed(if event.up {
-                        "the link is up"
-                    } else {
-                        "the link is down"
-                    });
-                }
+        let watched = shared.backend.watch(|event| {
+            if shared.state.set_link(event.up) {
+                // Where it is plugged in now, nobody knows the guest yet.
+                let features = self.acknowledged.load(Ordering::Relaxed);
+                shared.state.announce(if event.up { features } else { 0 });
+                let news = if event.up { "the link is up" } else { "the link is down" };
+                runtime.config_changed(news);
+            }
+            runtime.look();
+        });
+        let attached = async {
+            loop {
+                shared.attached.notified().await;
                 runtime.look();
-            })
-            .await
+            }
+        };
+        tokio::select! {
+            never = watched => never,
+            never = attached => never,
+        }
     }
 }
 

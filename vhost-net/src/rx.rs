@@ -42,6 +42,7 @@ const ROOM_BUFFERS_MAX: usize = 1000;
 /// The receiving half of a queue pair.
 pub(crate) struct Receiver {
     shared: Arc<Shared>,
+    pair: u16,
     source: Source,
     features: u64,
     /// Bytes of a header, as the driver has it.
@@ -107,6 +108,7 @@ enum Pause {
 impl Receiver {
     pub(crate) fn new(shared: Arc<Shared>, pair: u16, features: u64, queue_size: u16) -> Self {
         Self {
+            pair,
             source: shared.source(pair),
             features,
             header_bytes: header_bytes(features),
@@ -156,7 +158,7 @@ impl Receiver {
 
     /// Receives a frame and delivers it, or drops it.
     fn receive_one(&mut self, io: &mut QueueIo<'_>) -> Result<(), Pause> {
-        if !self.shared.link().is_up() {
+        if !self.shared.link().is_up() || self.pair >= self.shared.state().active_pairs() {
             return Err(Pause::Waits);
         }
         let body_at = self.body_at();
