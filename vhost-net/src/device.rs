@@ -126,6 +126,8 @@ impl Shared {
                 Source::Stream(StreamSource::new(channel, inlet))
             }
             Backend::Null(null) => Source::Null { flood: null.frame_bytes().map(Flood::new) },
+            #[cfg(test)]
+            Backend::Simulated(_) => Source::Tap(channel),
         }
     }
 
@@ -139,6 +141,8 @@ impl Shared {
             Backend::Tap(_) => Framing::Header,
             Backend::Stream(_) => Framing::Length,
             Backend::Null(_) => Framing::Nobody,
+            #[cfg(test)]
+            Backend::Simulated(_) => Framing::Header,
         }
     }
 
@@ -426,3 +430,6 @@ impl DeviceQueue for NetQueue {
         }
     }
 }
+
+#[cfg(test)]
+mod simulation;

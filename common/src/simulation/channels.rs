@@ -40,6 +40,11 @@ impl Channels {
         std::mem::take(&mut self.channel(channel).outbound)
     }
 
+    /// The frames that have come in and were not received yet.
+    pub(super) fn waiting(&self, channel: ChannelIndex) -> usize {
+        self.by_index.get(&channel).map_or(0, |channel| channel.inbound.len())
+    }
+
     /// From now on so many frames find room.
     pub(super) fn set_room(&mut self, channel: ChannelIndex, room: Option<usize>) {
         self.channel(channel).room = room;

@@ -201,6 +201,11 @@ impl Kernel {
         self.state.borrow_mut().channels.take_sent(channel)
     }
 
+    /// How many frames have come in over a channel and were not received yet.
+    pub fn waiting(&self, channel: ChannelIndex) -> usize {
+        self.state.borrow().channels.waiting(channel)
+    }
+
     /// From now on so many frames find room in a channel; `None`: any number.
     pub fn set_room(&self, channel: ChannelIndex, room: Option<usize>) {
         let mut state = self.state.borrow_mut();

@@ -113,6 +113,12 @@ impl<D: Device> Stage<D> {
         self.kernel.mail();
     }
 
+    /// Has all rings look at their channels.
+    pub fn look(&mut self) {
+        self.worker.nudge();
+        self.kernel.mail();
+    }
+
     /// Turns once, unless the worker sleeps and nothing has happened: false then.
     ///
     /// # Panics

@@ -83,6 +83,11 @@ impl<D: Device> ManualWorker<D> {
         self.worker.mailbox.send(Command::LimitsChanged);
     }
 
+    /// Posts that rings are to look at their channels, as a [`Nudge`](super::Nudge) does.
+    pub(crate) fn nudge(&mut self) {
+        self.worker.mailbox.send(Command::Look);
+    }
+
     /// One turn at `now_ns`. `looks`: before it sleeps, the worker looks for work, at this moment.
     /// `meanwhile`: what happens between that and the worker's asking for kicks.
     pub(crate) fn turn(

@@ -14,6 +14,8 @@ mod link;
 mod macvtap;
 mod netlink;
 pub(crate) mod null;
+#[cfg(test)]
+mod simulated;
 mod spec;
 pub(crate) mod stream;
 mod tap;
@@ -26,6 +28,8 @@ use nix::libc;
 pub(crate) use error::OpenError;
 pub(crate) use link::{Link, LinkEvent};
 pub(crate) use null::Null;
+#[cfg(test)]
+pub(crate) use simulated::Simulated;
 pub(crate) use spec::{BackendSpec, InterfaceName};
 pub(crate) use stream::{Side, Stream, framing};
 pub(crate) use tap::Tap;
@@ -98,6 +102,9 @@ pub(crate) enum Backend {
     Stream(Stream),
     /// No network.
     Null(Null),
+    /// One that a test plays.
+    #[cfg(test)]
+    Simulated(Simulated),
 }
 
 impl Backend {
@@ -123,6 +130,8 @@ impl Backend {
         match self {
             Self::Tap(tap) => tap.offloads(),
             Self::Stream(_) | Self::Null(_) => Offloads::default(),
+            #[cfg(test)]
+            Self::Simulated(simulated) => simulated.offloads(),
         }
     }
 
@@ -131,6 +140,8 @@ impl Backend {
         match self {
             Self::Tap(tap) => tap.mtu(),
             Self::Stream(_) | Self::Null(_) => None,
+            #[cfg(test)]
+            Self::Simulated(_) => None,
         }
     }
 
@@ -139,6 +150,8 @@ impl Backend {
         match self {
             Self::Tap(tap) => tap.address(),
             Self::Stream(_) | Self::Null(_) => None,
+            #[cfg(test)]
+            Self::Simulated(_) => None,
         }
     }
 
@@ -147,6 +160,8 @@ impl Backend {
         match self {
             Self::Tap(tap) => tap.host_drops(),
             Self::Stream(_) | Self::Null(_) => None,
+            #[cfg(test)]
+            Self::Simulated(_) => None,
         }
     }
 
@@ -156,6 +171,8 @@ impl Backend {
             Self::Tap(tap) => tap.link(),
             Self::Stream(stream) => stream.link(),
             Self::Null(null) => null.link(),
+            #[cfg(test)]
+            Self::Simulated(simulated) => simulated.link(),
         }
     }
 
@@ -167,6 +184,8 @@ impl Backend {
                 vec![stream.file(Side::Receive), stream.file(Side::Transmit)]
             }
             Self::Null(_) => Vec::new(),
+            #[cfg(test)]
+            Self::Simulated(_) => Vec::new(),
         }
     }
 
@@ -176,6 +195,8 @@ impl Backend {
         match self {
             Self::Tap(tap) => tap.apply(offloads, header_bytes),
             Self::Stream(_) | Self::Null(_) => Ok(()),
+            #[cfg(test)]
+            Self::Simulated(simulated) => simulated.apply(offloads),
         }
     }
 
@@ -184,6 +205,8 @@ impl Backend {
         match self {
             Self::Tap(tap) => tap.attach_queue(pair, attached),
             Self::Stream(_) | Self::Null(_) => Ok(()),
+            #[cfg(test)]
+            Self::Simulated(simulated) => simulated.attach_queue(pair, attached),
         }
     }
 
@@ -194,6 +217,8 @@ impl Backend {
             Self::Stream(stream) => stream.adopt(side),
             // What the main thread has put under the descriptors is good for any frame.
             Self::Tap(_) | Self::Null(_) => Ok(self.link().generation()),
+            #[cfg(test)]
+            Self::Simulated(_) => Ok(self.link().generation()),
         }
     }
 
@@ -210,6 +235,8 @@ impl Backend {
             Self::Tap(tap) => tap.watch(on_change).await,
             Self::Stream(stream) => stream.watch(on_change).await,
             Self::Null(_) => std::future::pending().await,
+            #[cfg(test)]
+            Self::Simulated(simulated) => simulated.watch(on_change).await,
         }
     }
 }
