@@ -1,9 +1,11 @@
 //! The units as an administrator installs them, under a real systemd, next to a real guest.
 //!
-//! The test runs twice: on the machine, where it has `tests/rig/systemd-in-namespace` boot systemd as PID 1 of namespaces
+//! Each test runs twice: on the machine, where it has `tests/rig/systemd-in-namespace` boot systemd as PID 1 of namespaces
 //! of its own, and in there, where it installs the units unmodified and works with them. Nothing of the machine's own
 //! service manager, accounts or files is touched; a loop device, which is the kernel's, is freed also when the test is
 //! killed.
+
+mod network;
 
 use std::env;
 use std::fs::{self, File, Permissions};
@@ -57,11 +59,10 @@ fn outside() {
     fs::write(shared.path().join("loop-device"), loop_device.number.to_string())
         .expect("our own directory");
 
-    let (status, output) = boot_systemd(shared.path(), &rig);
-    if status.code() == Some(CANNOT_RUN) {
-        return cannot_run(&output);
+    let test = "systemd::installed_units_serve_a_file_and_a_loop_device_to_guests";
+    if !passes_inside(test, shared.path(), &rig) {
+        return;
     }
-    assert!(status.success(), "in the namespace: {status}\n{output}");
     drop(loop_device);
     let written = fs::read_to_string(shared.path().join("written")).expect("the guest's checksum");
     assert_eq!(
@@ -72,8 +73,19 @@ fn outside() {
     assert_ne!(written, before);
 }
 
-/// Runs this test once more, as a unit of a systemd of its own.
-fn boot_systemd(shared: &Path, rig: &Rig) -> (ExitStatus, String) {
+/// Runs a test of this program once more, as a unit of a systemd of its own, where it must pass; false, and why on stderr,
+/// where the machine cannot do that.
+fn passes_inside(test: &str, shared: &Path, rig: &Rig) -> bool {
+    let (status, output) = boot_systemd(test, shared, rig);
+    if status.code() == Some(CANNOT_RUN) {
+        cannot_run(&output);
+        return false;
+    }
+    assert!(status.success(), "in the namespace: {status}\n{output}");
+    true
+}
+
+fn boot_systemd(test: &str, shared: &Path, rig: &Rig) -> (ExitStatus, String) {
     let tests = Path::new(env!("CARGO_MANIFEST_DIR"));
     let this = env::current_exe().expect("a test knows its own path");
     // The script ends, and what it has started with it, also when this test is killed.
@@ -96,11 +108,7 @@ fn boot_systemd(shared: &Path, rig: &Rig) -> (ExitStatus, String) {
     let mut systemd = command
         .arg("--")
         .arg(&this)
-        .args([
-            "--exact",
-            "--nocapture",
-            "systemd::installed_units_serve_a_file_and_a_loop_device_to_guests",
-        ])
+        .args(["--exact", "--nocapture", test])
         .env(INSIDE, shared)
         .stdout(output)
         .stderr(errors)
@@ -151,7 +159,7 @@ impl LoopDevice {
 /// In the namespace, as a unit of the systemd there.
 fn inside(shared: &Path) {
     let _journal = JournalOnPanic;
-    install();
+    install("vhost-blk");
     let guests = UserModeLinux::new(Rig::find().expect("the rig is bound into the namespace"));
     serves_a_file(&guests);
     comes_back_after_a_crash();
@@ -177,9 +185,9 @@ impl Drop for JournalOnPanic {
 }
 
 /// As `systemd/README.md` has it.
-fn install() {
+fn install(name: &str) {
     let project = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
-    run(Command::new(project.join("systemd/install")).arg(program("vhost-blk")));
+    run(Command::new(project.join("systemd/install")).arg(program(name)));
     run(Command::new("systemd-sysusers").arg("outboard.conf"));
     run(Command::new("systemd-tmpfiles").args(["--create", "outboard.conf"]));
     run(Command::new("systemctl").arg("daemon-reload"));
@@ -190,11 +198,25 @@ fn serves_a_file(guests: &UserModeLinux) {
     fs::create_dir_all(directory).expect("root may");
     let image = DiskImage::patterned(&directory.join("a disk, with spaces.raw"), DISK_BYTES, 12);
     let options = "--serial from-systemd --num-queues 2";
-    configure("file", &format!("DISK=file:{}\nOPTIONS={options}\n", image.path().display()));
-    verify("file");
+    let description = format!("DISK=file:{}\nOPTIONS={options}\n", image.path().display());
+    configure("blk", "file", &description);
+    verify("vhost-blk@file");
 
-    systemctl(&["start", "vhost-blk@file.socket"]);
     let socket = Path::new("/run/outboard/blk/file.sock");
+    starts_when_a_vmm_connects("vhost-blk@file", socket);
+    assert_is_confined(&show("vhost-blk@file.service", "MainPID"), Capabilities::NONE);
+
+    let size = format!("size_bytes={DISK_BYTES}");
+    assert_eq!(pass(guests, socket, "read", &[]), image.checksum());
+    pass(guests, socket, "identity", &[&size, "serial=from-systemd"]);
+    assert_eq!(pass(guests, socket, "write", &["seed=13"]), image.checksum());
+    assert_counts_requests(Path::new("/run/outboard/blk/file/control.sock"));
+}
+
+/// Starts the socket unit, and by it, as the first VMM that connects, the daemon. Nobody else may.
+fn starts_when_a_vmm_connects(instance: &str, socket: &Path) {
+    let service = format!("{instance}.service");
+    systemctl(&["start", &format!("{instance}.socket")]);
     let metadata = fs::metadata(socket).expect("the socket unit has made it");
     assert!(metadata.file_type().is_socket());
     assert_eq!(metadata.permissions().mode() & 0o777, 0o660);
@@ -202,26 +224,15 @@ fn serves_a_file(guests: &UserModeLinux) {
 
     let refusal = connect_as(socket, NOBODY).expect_err("a stranger is refused");
     assert_eq!(refusal.kind(), std::io::ErrorKind::PermissionDenied);
-    assert_eq!(
-        show("vhost-blk@file.service", "ActiveState"),
-        "inactive",
-        "nobody has connected yet"
-    );
+    assert_eq!(show(&service, "ActiveState"), "inactive", "nobody has connected yet");
 
     // The answer is the daemon's: the connection of a VMM's account has started it.
     let stream = connect_as(socket, group("outboard-vmm")).expect("a VMM's group is admitted");
     FrontEnd::on(Wire::from_stream(stream)).get_features().expect("the daemon answers");
     // The answer may come before the manager has read READY: the start job ends with that.
-    systemctl(&["start", "vhost-blk@file.service"]);
-    assert_eq!(show("vhost-blk@file.service", "ActiveState"), "active");
-    assert_ne!(show("vhost-blk@file.service", "StatusText"), "");
-    assert_is_confined(&show("vhost-blk@file.service", "MainPID"));
-
-    let size = format!("size_bytes={DISK_BYTES}");
-    assert_eq!(pass(guests, socket, "read", &[]), image.checksum());
-    pass(guests, socket, "identity", &[&size, "serial=from-systemd"]);
-    assert_eq!(pass(guests, socket, "write", &["seed=13"]), image.checksum());
-    assert_counts_requests(Path::new("/run/outboard/blk/file/control.sock"));
+    systemctl(&["start", &service]);
+    assert_eq!(show(&service, "ActiveState"), "active");
+    assert_ne!(show(&service, "StatusText"), "");
 }
 
 /// Goes on with the unit that [`serves_a_file`] has left running, and stops it.
@@ -254,20 +265,20 @@ fn serves_a_loop_device(guests: &UserModeLinux, shared: &Path) {
     mknodat(CWD, device, FileType::BlockDevice, Mode::empty(), name).expect("root may make a node");
     chown(device, None, Some(group("outboard"))).expect("root may");
     fs::set_permissions(device, Permissions::from_mode(0o660)).expect("root may");
-    configure("loop", "DISK=file:/dev/outboard-loop\n");
+    configure("blk", "loop", "DISK=file:/dev/outboard-loop\n");
 
     systemctl(&["start", "vhost-blk@loop.socket"]);
     let socket = Path::new("/run/outboard/blk/loop.sock");
     pass(guests, socket, "identity", &[&format!("size_bytes={DISK_BYTES}")]);
     let written = pass(guests, socket, "write", &["seed=14"]);
     fs::write(shared.join("written"), written).expect("the shared directory is writable");
-    assert_opens_block_devices_only(&show("vhost-blk@loop.service", "ControlGroup"), device);
+    assert_opens_its_device_only(&show("vhost-blk@loop.service", "ControlGroup"), device);
     systemctl(&["stop", "vhost-blk@loop.socket"]);
     assert_eq!(show("vhost-blk@loop.service", "Result"), "success");
 }
 
 /// The kernel's filter on the unit's control group, by a process of root's: no permission of a node stands in its way.
-fn assert_opens_block_devices_only(control_group: &str, block_device: &Path) {
+fn assert_opens_its_device_only(control_group: &str, device: &Path) {
     let opens = |group: &str, node: &Path| {
         // The shell's own number is 0 to the file; what it opens, it does not read.
         let script = r#"echo 0 >"/sys/fs/cgroup$1/cgroup.procs" || exit 3; : <"$2""#;
@@ -275,14 +286,14 @@ fn assert_opens_block_devices_only(control_group: &str, block_device: &Path) {
         assert_ne!(tried.status.code(), Some(3), "{group}: {}", text(&tried.stderr));
         tried.status.success().then_some(()).ok_or_else(|| text(&tried.stderr))
     };
-    // The control device of loop devices: the machine has just let this test use it.
-    let character_device = Path::new("/dev/outboard-loop-control");
-    mknodat(CWD, character_device, FileType::CharacterDevice, Mode::RUSR, makedev(10, 237))
+    // The control device of loop devices, which is none of any unit's.
+    let other = Path::new("/dev/outboard-loop-control");
+    mknodat(CWD, other, FileType::CharacterDevice, Mode::RUSR, makedev(10, 237))
         .expect("root may make a node");
     let own = show("rig.service", "ControlGroup");
-    assert_eq!(opens(&own, character_device), Ok(()), "outside the unit");
-    assert_eq!(opens(control_group, block_device), Ok(()));
-    let refusal = opens(control_group, character_device).expect_err("DevicePolicy= has no effect");
+    assert_eq!(opens(&own, other), Ok(()), "outside the unit");
+    assert_eq!(opens(control_group, device), Ok(()));
+    let refusal = opens(control_group, other).expect_err("DevicePolicy= has no effect");
     assert!(refusal.contains("Operation not permitted"), "{refusal}");
 }
 
@@ -293,7 +304,7 @@ fn says_what_is_wrong_with_its_configuration() {
             .status
             .success()
     );
-    configure("empty", "OPTIONS=--read-only\n");
+    configure("blk", "empty", "OPTIONS=--read-only\n");
     assert!(
         !output(Command::new("systemctl").args(["start", "vhost-blk@empty.service"]))
             .status
@@ -309,7 +320,7 @@ fn says_what_is_wrong_with_its_configuration() {
 
 /// The verdict of systemd itself on the installed files.
 fn verify(instance: &str) {
-    let units = ["service", "socket"].map(|kind| format!("vhost-blk@{instance}.{kind}"));
+    let units = ["service", "socket"].map(|kind| format!("{instance}.{kind}"));
     let verdict = output(
         Command::new("systemd-analyze")
             .args(["verify", "--man=no", "--recursive-errors=yes"])
@@ -323,13 +334,18 @@ fn verify(instance: &str) {
     );
 }
 
-fn configure(instance: &str, description: &str) {
-    fs::write(format!("/etc/outboard/blk/{instance}.conf"), description).expect("root may");
+fn configure(device: &str, instance: &str, description: &str) {
+    fs::write(format!("/etc/outboard/{device}/{instance}.conf"), description).expect("root may");
 }
 
 /// Boots a guest on the disk behind `socket`, has it pass `check`, and returns what it found.
 fn pass(guests: &UserModeLinux, socket: &Path, check: &str, words: &[&str]) -> String {
-    let mut machine = guests.boot(&[Device::Block(socket)], check, words);
+    pass_with(guests, Device::Block(socket), check, words)
+}
+
+/// The same with any device.
+fn pass_with(guests: &UserModeLinux, device: Device<'_>, check: &str, words: &[&str]) -> String {
+    let mut machine = guests.boot(&[device], check, words);
     let details = machine.expect_pass();
     let status = machine.wait();
     assert!(status.success(), "User-Mode Linux ended with {status}");
@@ -349,11 +365,21 @@ fn connect_as(socket: &Path, gid: u32) -> std::io::Result<UnixStream> {
     })
 }
 
+/// The capabilities that a daemon has and may have, as `/proc` tells them.
+#[derive(Clone, Copy)]
+struct Capabilities(u64);
+
+impl Capabilities {
+    const NONE: Self = Self(0);
+    const NET_ADMIN: Self = Self(1 << 12);
+}
+
 /// What holds whichever way the unit's lines are written.
-fn assert_is_confined(process: &str) {
+fn assert_is_confined(process: &str, Capabilities(bits): Capabilities) {
     let status = fs::read_to_string(format!("/proc/{process}/status")).expect("the daemon runs");
+    let sets = ["CapEff", "CapBnd"].map(|set| format!("{set}:\t{bits:016x}"));
     for line in
-        ["NoNewPrivs:\t1", "CapEff:\t0000000000000000", "CapBnd:\t0000000000000000", "Seccomp:\t2"]
+        ["NoNewPrivs:\t1", "Seccomp:\t2"].into_iter().chain(sets.each_ref().map(|set| &**set))
     {
         assert!(status.lines().any(|found| found == line), "{line} is not in\n{status}");
     }
