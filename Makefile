@@ -4,7 +4,7 @@ PRODUCTS := $(or $(CARGO_TARGET_DIR),target)
 
 .PHONY: help
 help:
-	@echo 'make run        boot a Linux guest whose root disk is served by vhost-blk, and get its console'
+	@echo 'make run        boot a Linux guest whose root disk and network our daemons serve, and get its console'
 	@echo 'make test-fast  unit tests, conformance, an independent front end, User-Mode Linux guests'
 	@echo 'make test       everything that a change must pass'
 	@echo 'make fuzz       fuzz each target for 20 s (TIME=seconds, TARGET=one of them)'
@@ -13,8 +13,8 @@ help:
 
 .PHONY: run
 run: rig
-	cargo build --release -p vhost-blk
-	@tests/rig/run $(PRODUCTS)/release/vhost-blk
+	cargo build --release -p vhost-blk -p vhost-net
+	@tests/rig/run $(PRODUCTS)/release/vhost-blk $(PRODUCTS)/release/vhost-net
 
 .PHONY: test
 test:

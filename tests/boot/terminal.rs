@@ -24,19 +24,29 @@ fn console_at_a_terminal_takes_commands_until_poweroff() {
     let run = Path::new(env!("CARGO_MANIFEST_DIR")).join("rig/run");
     let mut command = Command::new("script");
     command
-        .args(["--quiet", "--return", "--command", r#"exec "$RUN" "$DAEMON""#, "/dev/null"])
+        .args(["--quiet", "--return", "--command", r#"exec "$RUN" "$DISK" "$NET""#, "/dev/null"])
         .env("RUN", run)
-        .env("DAEMON", program("vhost-blk"))
+        .env("DISK", program("vhost-blk"))
+        .env("NET", program("vhost-net"))
         .env("SHELL", "/bin/sh")
         .env("TMPDIR", directory.path());
     let mut machine = Machine::start(command, LIMIT);
 
     machine.wait_for("is a virtio disk served by vhost-blk");
+    let network = machine.wait_for("network");
+    let page = network.contains("eth0").then(|| machine.wait_for("Try: "));
     // The prompt ends no line by itself: it and the echo of what is typed at it make one.
     machine.type_line("cat /proc/mounts");
     machine.wait_for("outboard:~# cat /proc/mounts");
     let root = machine.wait_for(" / ext4 ");
     assert!(root.starts_with("/dev/vda "), "{root}");
+    match page.as_deref().and_then(|line| line.split_whitespace().last()) {
+        Some(page) => {
+            machine.type_line(&format!("wget -q -O - {page}"));
+            machine.wait_for("Hello from the host");
+        }
+        None => cannot_run("there can be no network here"),
+    }
     machine.type_line("poweroff");
     machine.wait_for("file system is clean");
     let status = machine.wait();
