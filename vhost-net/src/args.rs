@@ -131,8 +131,9 @@ struct CommandLine {
 
     /// MAC address that the guest is given, e.g. 52:54:00:12:34:56
     ///
-    /// Without this option the guest makes one up whenever it boots. QEMU's -netdev vhost-user
-    /// always gives the guest the address of its own command line (mac=), so name the same there.
+    /// Without this option the guest makes one up whenever it boots; on a macvtap it gets the
+    /// interface's. QEMU's -netdev vhost-user always gives the guest the address of its own command
+    /// line (mac=), so name the same there.
     #[arg(long, value_name = "ADDRESS", help_heading = "Network options")]
     mac: Option<Mac>,
 
@@ -143,6 +144,8 @@ struct CommandLine {
     only_mac: bool,
 
     /// MTU that the guest is told, 68 to 65535; IPv6 needs 1280
+    ///
+    /// A tap or macvtap is given it, too.
     #[arg(
         long,
         value_name = "BYTES",
@@ -230,8 +233,8 @@ struct CommandLine {
     ///
     /// FILE is emptied first, and can be read while it grows; a FIFO that somebody has opened for
     /// reading will do, too. It is a pcapng file with stamps in nanoseconds, which says of each
-    /// frame whether the guest has sent it (outbound) or received it. A frame that is captured too
-    /// late to be written is counted, not waited for.
+    /// frame whether the guest has sent it (outbound) or received it. A frame that finds the
+    /// file too slow is left out, and the log says in the end how many were.
     #[arg(long, value_name = "FILE", help_heading = "Network options")]
     pcap: Option<PathBuf>,
 
