@@ -126,6 +126,10 @@ impl<D: Device> Refresher<D> {
 
     fn complain(&self, asked: Asked, refused: &NotRefreshed) -> String {
         let complaint = with_sources(refused).to_string();
+        // Who asks is told; it is nothing that is wrong with the device.
+        if matches!(refused, NotRefreshed::NoSize) {
+            return complaint;
+        }
         let before = self.complaint.replace(Some(complaint.clone()));
         if asked == Asked::ByOperator || before.as_ref() != Some(&complaint) {
             warn!("{} keeps its size: {complaint}", D::NAME);
