@@ -2,24 +2,31 @@
 //! and what every case ends with: [`Attacker::after`].
 //!
 //! The neighbour has requests under way while queue 0 or the session is attacked. Their data is
-//! checked, and so is that of new ones.
+//! checked, and so is that of new ones. A network's neighbour is the queue that sends, beside the one
+//! that receives: its frames are on the wire, and its chains come back.
 
-use crate::subject::{DISK_SECTORS, QUEUE_COUNT, Subject, is_peer, promise};
+use crate::subject::{DISK_SECTORS, Subject, frame, is_peer, promise};
+use crate::wire::Wire as NetworkWire;
 use frontend::Error;
 use frontend::block::{BlockDriver, Request, SECTOR_BYTES, VIRTIO_BLK_S_OK};
 use frontend::guest::Options;
 use frontend::message::{
     VHOST_USER_GET_CONFIG, VHOST_USER_GET_FEATURES, VHOST_USER_GET_PROTOCOL_FEATURES,
-    VHOST_USER_NEED_REPLY_MASK,
+    VHOST_USER_NEED_REPLY_MASK, VIRTIO_F_VERSION_1,
 };
+use frontend::net::VIRTIO_NET_F_MRG_RXBUF;
+use frontend::virtqueue::Buffer;
 use frontend::wire::{PATIENCE, Reply, Wire};
 use std::os::fd::BorrowedFd;
+use std::rc::Rc;
 use std::time::Duration;
 
 /// The queue beside the attacked one, which is queue 0.
 pub(crate) const NEIGHBOUR: u16 = 1;
 /// Requests of the neighbour that are under way during an attack.
 const UNDER_WAY: u64 = 4;
+/// Room for a frame of the neighbour's, if it is a network's.
+const FRAME_PLACE_BYTES: usize = 512;
 /// Sectors of each.
 const SECTORS: usize = 2;
 /// How long another program's neighbour queue may take.
@@ -60,14 +67,27 @@ pub(crate) struct Attacker {
     round: u8,
     /// Another program's device has stopped altogether.
     stands_still: bool,
+    network: Option<Network>,
+}
+
+/// What the neighbour of a network needs.
+#[derive(Debug)]
+struct Network {
+    wire: Rc<NetworkWire>,
+    /// Memory for its frames.
+    place: u64,
 }
 
 impl Attacker {
     /// A session with two queues; the neighbour's is in use.
     pub(crate) fn begin(subject: &Subject, options: &Options) -> Self {
-        let options = Options { queue_count: QUEUE_COUNT, ..options.clone() };
-        let mut attacker =
-            Attacker { driver: subject.driver(&options), round: 0, stands_still: false };
+        let options = Options { queue_count: subject.queue_count(), ..options.clone() };
+        let mut driver = subject.driver(&options);
+        let network = subject.wire().map(|wire| {
+            let place = driver.guest.reserve(UNDER_WAY as usize * FRAME_PLACE_BYTES);
+            Network { wire, place }
+        });
+        let mut attacker = Attacker { driver, round: 0, stands_still: false, network };
         attacker.occupy_neighbour().expect("the neighbour can work");
         attacker
     }
@@ -84,6 +104,9 @@ impl Attacker {
     /// Writes new data and leaves reads of it under way.
     fn occupy_neighbour(&mut self) -> Result<(), Error> {
         self.round = self.round.wrapping_add(1);
+        if self.network.is_some() {
+            return self.send_frames();
+        }
         for at in 0..UNDER_WAY {
             let write = Request::write(Self::sector(at), &self.data(at));
             self.driver.submit(NEIGHBOUR, &write);
@@ -98,8 +121,33 @@ impl Attacker {
         self.driver.kick(NEIGHBOUR)
     }
 
+    /// Sends frames that are on the wire before anything else happens; their chains are left to come back.
+    fn send_frames(&mut self) -> Result<(), Error> {
+        let Some(Network { wire, place }) = &self.network else { return Ok(()) };
+        let guest = &mut self.driver.guest;
+        let with_number = VIRTIO_F_VERSION_1 | VIRTIO_NET_F_MRG_RXBUF;
+        let header_bytes = if guest.features & with_number == 0 { 10 } else { 12 };
+        let frames = (0..UNDER_WAY).map(|at| frame(100 + at as usize, self.round));
+        let frames: Vec<Vec<u8>> = frames.collect();
+        for (at, frame) in (0..).zip(&frames) {
+            let address = place + at * FRAME_PLACE_BYTES as u64;
+            let chain = [&vec![0; header_bytes][..], frame].concat();
+            guest.memory.write(address, &chain);
+            let len_bytes = u32::try_from(chain.len()).unwrap_or(u32::MAX);
+            let buffer = Buffer { address, len_bytes, writable: false };
+            guest.queues[usize::from(NEIGHBOUR)].submit(&[buffer]);
+        }
+        guest.queues[usize::from(NEIGHBOUR)].kick()?;
+        frames.iter().for_each(|frame| wire.must_receive(frame, "the neighbour"));
+        Ok(())
+    }
+
     /// What the neighbour had under way ends, with its own data.
     fn neighbour_completes(&mut self, what: &str) -> Result<(), Error> {
+        if self.network.is_some() {
+            let queue = &mut self.driver.guest.queues[usize::from(NEIGHBOUR)];
+            return (0..UNDER_WAY).try_for_each(|_| queue.wait_used(PATIENCE).map(drop));
+        }
         let mut read = Vec::new();
         for _ in 0..UNDER_WAY {
             let (_, outcome) = self.driver.complete_within(NEIGHBOUR, patience())?;

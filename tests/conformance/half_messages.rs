@@ -75,29 +75,31 @@ fn cuts(size_bytes: usize) -> Vec<usize> {
 
 #[test]
 fn end_at_every_byte() {
-    let mut subject = Subject::start();
-    let other = Notifier::socket().expect("sockets");
-    let sizes: Vec<usize> = messages(&Attacker::begin(&subject, &Options::default()))
-        .iter()
-        .map(|message| message.bytes.len())
-        .collect();
-    for (index, size_bytes) in sizes.into_iter().enumerate() {
-        for (cut, end) in cuts(size_bytes)
-            .into_iter()
-            .flat_map(|cut| [(cut, GivesUp::HangsUp), (cut, GivesUp::EndsItsSide)])
-        {
-            let attacker = Attacker::begin(&subject, &Options::default());
-            let message = messages(&attacker).swap_remove(index);
-            let what = format!("request {}, {cut} bytes, {end:?}", message.request);
-            let wire = attacker.driver.guest.front_end.wire();
-            let fds = descriptor(&message, &attacker, &other);
-            wire.send_bytes(&message.bytes[..cut], &fds).expect("the bytes go out");
-            if let GivesUp::EndsItsSide = end {
-                wire.stream().shutdown(Shutdown::Write).expect("a socket can be shut down");
-                wire.wait_for_hang_up(PATIENCE).unwrap_or_else(|error| panic!("{what}: {error}"));
+    for mut subject in Subject::each() {
+        let other = Notifier::socket().expect("sockets");
+        let sizes: Vec<usize> = messages(&Attacker::begin(&subject, &Options::default()))
+            .iter()
+            .map(|message| message.bytes.len())
+            .collect();
+        for (index, size_bytes) in sizes.into_iter().enumerate() {
+            for (cut, end) in cuts(size_bytes)
+                .into_iter()
+                .flat_map(|cut| [(cut, GivesUp::HangsUp), (cut, GivesUp::EndsItsSide)])
+            {
+                let attacker = Attacker::begin(&subject, &Options::default());
+                let message = messages(&attacker).swap_remove(index);
+                let what = format!("request {}, {cut} bytes, {end:?}", message.request);
+                let wire = attacker.driver.guest.front_end.wire();
+                let fds = descriptor(&message, &attacker, &other);
+                wire.send_bytes(&message.bytes[..cut], &fds).expect("the bytes go out");
+                if let GivesUp::EndsItsSide = end {
+                    wire.stream().shutdown(Shutdown::Write).expect("a socket can be shut down");
+                    wire.wait_for_hang_up(PATIENCE)
+                        .unwrap_or_else(|error| panic!("{what}: {error}"));
+                }
+                drop(attacker);
+                subject.must_serve_the_next();
             }
-            drop(attacker);
-            subject.must_serve_the_next();
         }
     }
 }
@@ -108,28 +110,30 @@ fn stall_at_every_byte_holds_up_no_ring() {
     if !is_ours_to_promise() {
         return;
     }
-    let mut subject = Subject::start();
-    let other = Notifier::eventfd().expect("eventfds");
-    let (socket, _peer) = std::os::unix::net::UnixStream::pair().expect("sockets");
-    let mut attacker = Attacker::begin(&subject, &Options::default());
-    for message in messages(&attacker) {
-        for cut in 1..message.bytes.len() {
-            let what = format!("request {}, stalled at byte {cut}", message.request);
-            let (first, rest) = message.bytes.split_at(cut);
-            let wire = attacker.driver.guest.front_end.wire();
-            let fds = match message.request {
-                VHOST_USER_SET_BACKEND_REQ_FD => vec![std::os::fd::AsFd::as_fd(&socket)],
-                _ => descriptor(&message, &attacker, &other),
-            };
-            wire.send_bytes(first, &fds).expect("the bytes go out");
-            attacker.neighbour_must_work(&what);
-            let wire = attacker.driver.guest.front_end.wire();
-            wire.send_bytes(rest, &[]).expect("the bytes go out");
-            let reply = wire.receive(PATIENCE).unwrap_or_else(|error| panic!("{what}: {error}"));
-            assert_eq!(reply.request, message.request, "{what}");
+    for mut subject in Subject::each() {
+        let other = Notifier::eventfd().expect("eventfds");
+        let (socket, _peer) = std::os::unix::net::UnixStream::pair().expect("sockets");
+        let mut attacker = Attacker::begin(&subject, &Options::default());
+        for message in messages(&attacker) {
+            for cut in 1..message.bytes.len() {
+                let what = format!("request {}, stalled at byte {cut}", message.request);
+                let (first, rest) = message.bytes.split_at(cut);
+                let wire = attacker.driver.guest.front_end.wire();
+                let fds = match message.request {
+                    VHOST_USER_SET_BACKEND_REQ_FD => vec![std::os::fd::AsFd::as_fd(&socket)],
+                    _ => descriptor(&message, &attacker, &other),
+                };
+                wire.send_bytes(first, &fds).expect("the bytes go out");
+                attacker.neighbour_must_work(&what);
+                let wire = attacker.driver.guest.front_end.wire();
+                wire.send_bytes(rest, &[]).expect("the bytes go out");
+                let reply =
+                    wire.receive(PATIENCE).unwrap_or_else(|error| panic!("{what}: {error}"));
+                assert_eq!(reply.request, message.request, "{what}");
+            }
         }
+        attacker.after(&mut subject, Session::Lives, "messages in two parts");
     }
-    attacker.after(&mut subject, Session::Lives, "messages in two parts");
 }
 
 #[test]
@@ -137,32 +141,34 @@ fn message_in_single_bytes_is_put_together() {
     if !is_ours_to_promise() {
         return;
     }
-    let subject = Subject::start();
-    let attacker = Attacker::begin(&subject, &Options::default());
-    let wire = attacker.driver.guest.front_end.wire();
-    for message in messages(&attacker).into_iter().filter(|message| !message.has_fd) {
-        for byte in &message.bytes {
-            wire.send_bytes(&[*byte], &[]).expect("a byte goes out");
+    for subject in Subject::each() {
+        let attacker = Attacker::begin(&subject, &Options::default());
+        let wire = attacker.driver.guest.front_end.wire();
+        for message in messages(&attacker).into_iter().filter(|message| !message.has_fd) {
+            for byte in &message.bytes {
+                wire.send_bytes(&[*byte], &[]).expect("a byte goes out");
+            }
+            let reply = wire.receive(PATIENCE).expect("the whole is answered");
+            assert_eq!(reply.request, message.request);
         }
-        let reply = wire.receive(PATIENCE).expect("the whole is answered");
-        assert_eq!(reply.request, message.request);
     }
 }
 
 #[test]
 fn messages_in_one_piece_are_taken_apart() {
-    let subject = Subject::start();
-    let front_end = subject.connect();
-    let mut bytes = header(VHOST_USER_SET_OWNER, VHOST_USER_VERSION, 0);
-    for _ in 0..20 {
-        bytes.extend(header(VHOST_USER_GET_FEATURES, VHOST_USER_VERSION, 0));
-    }
-    front_end.wire().send_bytes(&bytes, &[]).expect("the bytes go out");
-    for _ in 0..20 {
-        assert_eq!(
-            front_end.wire().receive(PATIENCE).expect("each is answered").request,
-            VHOST_USER_GET_FEATURES
-        );
+    for subject in Subject::each() {
+        let front_end = subject.connect();
+        let mut bytes = header(VHOST_USER_SET_OWNER, VHOST_USER_VERSION, 0);
+        for _ in 0..20 {
+            bytes.extend(header(VHOST_USER_GET_FEATURES, VHOST_USER_VERSION, 0));
+        }
+        front_end.wire().send_bytes(&bytes, &[]).expect("the bytes go out");
+        for _ in 0..20 {
+            assert_eq!(
+                front_end.wire().receive(PATIENCE).expect("each is answered").request,
+                VHOST_USER_GET_FEATURES
+            );
+        }
     }
 }
 

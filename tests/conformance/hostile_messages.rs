@@ -117,13 +117,14 @@ impl<'a> Sender<'a> {
     }
 }
 
-/// Runs a table of bad messages under each kind of front end.
+/// Runs a table of bad messages under each kind of front end, against each kind of device.
 fn under_all(table: impl Fn(&mut Sender<'_>)) {
-    let mut subject = Subject::start();
-    for asks in Asks::ALL {
-        let mut sender = Sender::new(&mut subject, asks);
-        table(&mut sender);
-        sender.end();
+    for mut subject in Subject::each() {
+        for asks in Asks::ALL {
+            let mut sender = Sender::new(&mut subject, asks);
+            table(&mut sender);
+            sender.end();
+        }
     }
 }
 
@@ -145,16 +146,17 @@ fn must_close(subject: &mut Subject, bytes: &[u8], what: &str) {
 
 #[test]
 fn payload_that_is_announced_longer_than_any() {
-    let mut subject = Subject::start();
-    let requests = TABLE.iter().map(|row| (row.request, row.name)).chain([(9999, "none")]);
-    for (request, name) in requests {
-        let sizes: &[u32] = match request {
-            VHOST_USER_GET_FEATURES => &[4097, 1 << 20, 1 << 31, u32::MAX - 11, u32::MAX],
-            _ => &[4097, u32::MAX],
-        };
-        for size in sizes {
-            let bytes = header(request, VHOST_USER_VERSION, *size);
-            must_close(&mut subject, &bytes, &format!("{name} of {size} bytes"));
+    for mut subject in Subject::each() {
+        let requests = TABLE.iter().map(|row| (row.request, row.name)).chain([(9999, "none")]);
+        for (request, name) in requests {
+            let sizes: &[u32] = match request {
+                VHOST_USER_GET_FEATURES => &[4097, 1 << 20, 1 << 31, u32::MAX - 11, u32::MAX],
+                _ => &[4097, u32::MAX],
+            };
+            for size in sizes {
+                let bytes = header(request, VHOST_USER_VERSION, *size);
+                must_close(&mut subject, &bytes, &format!("{name} of {size} bytes"));
+            }
         }
     }
 }
@@ -172,12 +174,14 @@ fn unknown_requests() {
 
 #[test]
 fn header_flags_that_no_front_end_sends() {
-    let mut subject = Subject::start();
-    for row in TABLE {
-        for flags in [0, 2, 3, VHOST_USER_VERSION | VHOST_USER_REPLY_MASK] {
-            let mut bytes = header(row.request, flags, u32::try_from(row.size_bytes).unwrap_or(0));
-            bytes.resize(bytes.len() + row.size_bytes, 0);
-            must_close(&mut subject, &bytes, &format!("{}, flags {flags:#x}", row.name));
+    for mut subject in Subject::each() {
+        for row in TABLE {
+            for flags in [0, 2, 3, VHOST_USER_VERSION | VHOST_USER_REPLY_MASK] {
+                let mut bytes =
+                    header(row.request, flags, u32::try_from(row.size_bytes).unwrap_or(0));
+                bytes.resize(bytes.len() + row.size_bytes, 0);
+                must_close(&mut subject, &bytes, &format!("{}, flags {flags:#x}", row.name));
+            }
         }
     }
 }
@@ -222,28 +226,30 @@ fn every_request_with_a_wrong_size() {
 
 #[test]
 fn every_request_with_surplus_descriptors_leaks_none() {
-    let mut subject = Subject::start();
-    let file = Notifier::eventfd().expect("eventfds");
-    subject.must_serve_the_next();
-    let before = idle_descriptors(&subject);
-    for asks in [Asks::Yes, Asks::Cannot] {
-        let mut sender = Sender::new(&mut subject, asks);
-        for row in TABLE {
-            // REM_MEM_REG may come with a descriptor, which means nothing.
-            let due = descriptors_of(row) + usize::from(row.descriptors == Descriptors::Optional);
-            // All that is too much costs the connection, so those counts are few.
-            for surplus in (due + 1..=32).chain([33, 40, 253]) {
-                let is_sample = surplus == due + 1 || surplus == 32;
-                if is_sample || asks == Asks::Yes && !row.answered {
-                    let fds = vec![file.back_end_fd(); surplus];
-                    sender.must_refuse((row.request, row.name), &vec![0; row.size_bytes], &fds);
+    for mut subject in Subject::each() {
+        let file = Notifier::eventfd().expect("eventfds");
+        subject.must_serve_the_next();
+        let before = idle_descriptors(&subject);
+        for asks in [Asks::Yes, Asks::Cannot] {
+            let mut sender = Sender::new(&mut subject, asks);
+            for row in TABLE {
+                // REM_MEM_REG may come with a descriptor, which means nothing.
+                let due =
+                    descriptors_of(row) + usize::from(row.descriptors == Descriptors::Optional);
+                // All that is too much costs the connection, so those counts are few.
+                for surplus in (due + 1..=32).chain([33, 40, 253]) {
+                    let is_sample = surplus == due + 1 || surplus == 32;
+                    if is_sample || asks == Asks::Yes && !row.answered {
+                        let fds = vec![file.back_end_fd(); surplus];
+                        sender.must_refuse((row.request, row.name), &vec![0; row.size_bytes], &fds);
+                    }
                 }
             }
+            sender.end();
         }
-        sender.end();
+        let after = idle_descriptors(&subject);
+        assert_eq!(after, before, "descriptors of the back end");
     }
-    let after = idle_descriptors(&subject);
-    assert_eq!(after, before, "descriptors of the back end");
 }
 
 #[test]
@@ -283,7 +289,8 @@ fn every_request_that_needs_a_descriptor_without_one() {
 fn ring_indexes_out_of_range() {
     let file = Notifier::eventfd().expect("eventfds");
     under_all(|sender| {
-        for index in [2, 63, 255, 256, 0x8000_0000, u32::MAX] {
+        let count = u32::from(sender.subject.queue_count());
+        for index in [count, 63, 255, 256, 0x8000_0000, u32::MAX] {
             for row in TABLE.iter().filter(|row| row.name.contains("_VRING_") && row.feature == 0) {
                 let carries_fd = row.descriptors != Descriptors::None;
                 // Kick, call and err messages have eight bits for the index.
@@ -345,12 +352,11 @@ fn running_ring_cannot_be_moved_or_resized() {
 
 #[test]
 fn features_that_were_never_offered() {
-    let subject = Subject::start();
-    let front_end = subject.connect();
-    let features = front_end.get_features().expect("features are told");
-    let protocol_features = front_end.get_protocol_features().expect("they are told");
-    drop((front_end, subject));
     under_all(|sender| {
+        let front_end = sender.subject.connect();
+        let features = front_end.get_features().expect("features are told");
+        let protocol_features = front_end.get_protocol_features().expect("they are told");
+        drop(front_end);
         for bit in (0..64).filter(|bit| features >> bit & 1 == 0) {
             let row = (VHOST_USER_SET_FEATURES, "SET_FEATURES");
             sender.must_refuse(row, &words(&[features | 1 << bit]), &[]);
@@ -391,23 +397,24 @@ fn configuration_space_that_is_not_there() {
 fn front_end_that_never_reads_its_replies() {
     // Its socket fills up; whoever waits for room in it is stuck with it until it hangs up. Its
     // rings run on.
-    let mut subject = Subject::start();
-    for asks in Asks::ALL {
-        let mut attacker = Attacker::begin(&subject, &asks.options());
-        let wire = attacker.driver.guest.front_end.wire();
-        wire.stream().set_nonblocking(true).expect("a socket can be made non-blocking");
-        let burst = header(VHOST_USER_GET_FEATURES, VHOST_USER_VERSION | asks.flags(), 0);
-        let burst = burst.repeat(1000);
-        // As long as the back end still reads, there is room again after the neighbour's turn.
-        let mut full = 0;
-        while full < 3 {
-            while attacker.driver.guest.front_end.wire().send_bytes(&burst, &[]).is_ok() {
-                full = 0;
+    for mut subject in Subject::each() {
+        for asks in Asks::ALL {
+            let mut attacker = Attacker::begin(&subject, &asks.options());
+            let wire = attacker.driver.guest.front_end.wire();
+            wire.stream().set_nonblocking(true).expect("a socket can be made non-blocking");
+            let burst = header(VHOST_USER_GET_FEATURES, VHOST_USER_VERSION | asks.flags(), 0);
+            let burst = burst.repeat(1000);
+            // As long as the back end still reads, there is room again after the neighbour's turn.
+            let mut full = 0;
+            while full < 3 {
+                while attacker.driver.guest.front_end.wire().send_bytes(&burst, &[]).is_ok() {
+                    full = 0;
+                }
+                full += 1;
+                attacker.neighbour_must_work("replies are not read");
             }
-            full += 1;
-            attacker.neighbour_must_work("replies are not read");
+            drop(attacker);
+            subject.must_serve_the_next();
         }
-        drop(attacker);
-        subject.must_serve_the_next();
     }
 }

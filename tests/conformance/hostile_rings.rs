@@ -16,68 +16,73 @@ use std::sync::Arc;
 
 #[test]
 fn chains_that_loop() {
-    let mut subject = Subject::start();
-    breaks(&mut subject, "descriptor that is its own next", |attack| {
-        attack.chain(&[descriptor(attack.header, 16, NEXT, 0)]);
-    });
-    breaks(&mut subject, "two descriptors in a circle", |attack| {
-        attack.chain(&[
-            descriptor(attack.header, 16, NEXT, 1),
-            descriptor(attack.data, 512, WRITE | NEXT, 0),
-        ]);
-    });
-    breaks(&mut subject, "circle that the head is not part of", |attack| {
-        let [header, ..] = attack.good();
-        attack.chain(&[
-            header,
-            descriptor(attack.data, 512, WRITE | NEXT, 2),
-            descriptor(attack.data, 512, WRITE | NEXT, 1),
-        ]);
-    });
-    breaks(&mut subject, "circle in an indirect table", |attack| {
-        let circle =
-            [descriptor(attack.header, 16, NEXT, 1), descriptor(attack.data, 512, WRITE | NEXT, 1)];
-        attack.indirect(&circle, 32, 0);
-    });
-}
-
-#[test]
-fn indexes_out_of_range() {
-    let mut subject = Subject::start();
-    for index in [SIZE, SIZE + 1, 0x7fff, u16::MAX] {
-        breaks(&mut subject, &format!("head {index}"), |attack| attack.offer(index));
-        breaks(&mut subject, &format!("next {index}"), |attack| {
-            attack.chain(&[descriptor(attack.header, 16, NEXT, index)])
+    for mut subject in Subject::each() {
+        breaks(&mut subject, "descriptor that is its own next", |attack| {
+            attack.chain(&[descriptor(attack.header, 16, NEXT, 0)]);
         });
-        breaks(&mut subject, &format!("next {index} in an indirect table"), |attack| {
-            attack.indirect(&[descriptor(attack.header, 16, NEXT, index)], 16, 0);
+        breaks(&mut subject, "two descriptors in a circle", |attack| {
+            attack.chain(&[
+                descriptor(attack.header, 16, NEXT, 1),
+                descriptor(attack.data, 512, WRITE | NEXT, 0),
+            ]);
+        });
+        breaks(&mut subject, "circle that the head is not part of", |attack| {
+            let [header, ..] = attack.good();
+            attack.chain(&[
+                header,
+                descriptor(attack.data, 512, WRITE | NEXT, 2),
+                descriptor(attack.data, 512, WRITE | NEXT, 1),
+            ]);
+        });
+        breaks(&mut subject, "circle in an indirect table", |attack| {
+            let circle = [
+                descriptor(attack.header, 16, NEXT, 1),
+                descriptor(attack.data, 512, WRITE | NEXT, 1),
+            ];
+            attack.indirect(&circle, 32, 0);
         });
     }
 }
 
 #[test]
+fn indexes_out_of_range() {
+    for mut subject in Subject::each() {
+        for index in [SIZE, SIZE + 1, 0x7fff, u16::MAX] {
+            breaks(&mut subject, &format!("head {index}"), |attack| attack.offer(index));
+            breaks(&mut subject, &format!("next {index}"), |attack| {
+                attack.chain(&[descriptor(attack.header, 16, NEXT, index)])
+            });
+            breaks(&mut subject, &format!("next {index} in an indirect table"), |attack| {
+                attack.indirect(&[descriptor(attack.header, 16, NEXT, index)], 16, 0);
+            });
+        }
+    }
+}
+
+#[test]
 fn available_index_that_jumps() {
-    let mut subject = Subject::start();
-    let (far, back) = ([0x7fff, 0x8001], (0..15).map(|bit| 0_u16.wrapping_sub(1 << bit)));
-    for ahead in (5..16).map(|bit| 1 << bit).chain([SIZE + 1]).chain(far).chain(back) {
-        let status = OnceCell::new();
-        breaks(&mut subject, &format!("{ahead} ahead"), |attack| {
-            // Whoever believes the index finds a good request in every entry.
-            let memory = attack.ring.memory();
-            for (at, part) in (0..).zip(attack.good()) {
-                memory.write(attack.table + at * DESCRIPTOR_BYTES, &part.encode());
-            }
-            for index in 0..SIZE {
-                let all = descriptor(attack.table, 48, VIRTQ_DESC_F_INDIRECT, 0);
-                attack.ring.write_descriptor(index, &all);
-                attack.ring.write_available(index, index);
-            }
-            attack.ring.set_available_index(attack.ring.available_index().wrapping_add(ahead));
-            status.set((Arc::clone(memory), attack.status)).expect("there is one attack");
-        });
-        let (memory, status) = status.get().expect("the attack was run");
-        let untouched = memory.read(*status, 1) == [UNWRITTEN];
-        promise(untouched, || format!("{ahead} ahead: a request was served that was not made"));
+    for mut subject in Subject::each() {
+        let (far, back) = ([0x7fff, 0x8001], (0..15).map(|bit| 0_u16.wrapping_sub(1 << bit)));
+        for ahead in (5..16).map(|bit| 1 << bit).chain([SIZE + 1]).chain(far).chain(back) {
+            let status = OnceCell::new();
+            breaks(&mut subject, &format!("{ahead} ahead"), |attack| {
+                // Whoever believes the index finds a good request in every entry.
+                let memory = attack.ring.memory();
+                for (at, part) in (0..).zip(attack.good()) {
+                    memory.write(attack.table + at * DESCRIPTOR_BYTES, &part.encode());
+                }
+                for index in 0..SIZE {
+                    let all = descriptor(attack.table, 48, VIRTQ_DESC_F_INDIRECT, 0);
+                    attack.ring.write_descriptor(index, &all);
+                    attack.ring.write_available(index, index);
+                }
+                attack.ring.set_available_index(attack.ring.available_index().wrapping_add(ahead));
+                status.set((Arc::clone(memory), attack.status)).expect("there is one attack");
+            });
+            let (memory, status) = status.get().expect("the attack was run");
+            let untouched = memory.read(*status, 1) == [UNWRITTEN];
+            promise(untouched, || format!("{ahead} ahead: a request was served that was not made"));
+        }
     }
 }
 
@@ -116,33 +121,36 @@ fn buffers_outside_the_memory() {
 
 #[test]
 fn indirect_tables_that_break_the_rules() {
-    let mut subject = Subject::start();
-    breaks(&mut subject, "indirect in indirect", |attack| {
-        attack.indirect(&[descriptor(attack.table + 64, 48, VIRTQ_DESC_F_INDIRECT, 0)], 16, 0);
-    });
-    breaks(&mut subject, "indirect after a descriptor in an indirect table", |attack| {
-        let [header, ..] = attack.good();
-        attack.indirect(
-            &[header, descriptor(attack.table + 64, 48, VIRTQ_DESC_F_INDIRECT, 0)],
-            32,
-            0,
-        );
-    });
-    // VIRTIO 1.3, 2.7.5.3.1: the driver MUST NOT set both INDIRECT and NEXT.
-    breaks(&mut subject, "indirect with next", |attack| attack.indirect(&attack.good(), 48, NEXT));
-    for len_bytes in [0, 1, 15, 17, 47] {
-        breaks(&mut subject, &format!("table of {len_bytes} bytes"), |attack| {
-            attack.indirect(&attack.good(), len_bytes, 0)
+    for mut subject in Subject::each() {
+        breaks(&mut subject, "indirect in indirect", |attack| {
+            attack.indirect(&[descriptor(attack.table + 64, 48, VIRTQ_DESC_F_INDIRECT, 0)], 16, 0);
+        });
+        breaks(&mut subject, "indirect after a descriptor in an indirect table", |attack| {
+            let [header, ..] = attack.good();
+            attack.indirect(
+                &[header, descriptor(attack.table + 64, 48, VIRTQ_DESC_F_INDIRECT, 0)],
+                32,
+                0,
+            );
+        });
+        // VIRTIO 1.3, 2.7.5.3.1: the driver MUST NOT set both INDIRECT and NEXT.
+        breaks(&mut subject, "indirect with next", |attack| {
+            attack.indirect(&attack.good(), 48, NEXT)
+        });
+        for len_bytes in [0, 1, 15, 17, 47] {
+            breaks(&mut subject, &format!("table of {len_bytes} bytes"), |attack| {
+                attack.indirect(&attack.good(), len_bytes, 0)
+            });
+        }
+        breaks(&mut subject, "table of 4 GiB", |attack| {
+            attack.indirect(&attack.good(), u32::MAX - 15, 0)
+        });
+        breaks(&mut subject, "endless table", |attack| {
+            let endless: Vec<_> =
+                (1..=65_535).map(|next| descriptor(attack.header, 1, NEXT, next)).collect();
+            attack.indirect(&endless, 65_535 * 16, 0);
         });
     }
-    breaks(&mut subject, "table of 4 GiB", |attack| {
-        attack.indirect(&attack.good(), u32::MAX - 15, 0)
-    });
-    breaks(&mut subject, "endless table", |attack| {
-        let endless: Vec<_> =
-            (1..=65_535).map(|next| descriptor(attack.header, 1, NEXT, next)).collect();
-        attack.indirect(&endless, 65_535 * 16, 0);
-    });
 }
 
 #[test]

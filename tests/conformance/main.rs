@@ -16,13 +16,16 @@
 //!   [`fairness`], [`notification`]: what a well-behaved front end and driver may rely on.
 //! - [`acknowledgement`], [`offers`], [`release`], [`ring_fields`], [`suspension`]: duties of the
 //!   specifications that no driver would notice soon if they were neglected.
+//! - [`network_frames`], [`network_commands`], [`network_offloads`], [`network_life`]: a network device's
+//!   frames and headers, its control queue, and what vhost-user has for networks alone.
 //! - [`hostile_messages`], [`half_messages`], [`untimely`], [`hostile_memory`],
 //!   [`hostile_descriptors`], [`hostile_rings`], [`hostile_indexes`], [`memory_in_use`]: what they
 //!   may do to us; [`growth`]: the same, a thousand times.
 //!
 //! [`aftermath`] is what every hostile case ends with: the process lives, the next front end is
 //! served, and a well-behaved queue beside the attacked one was not disturbed. [`subject`] starts
-//! the back end, ours or, with a command line in the environment, another one.
+//! the back end, ours or, with a command line in the environment, another one; [`wire`] is the other end
+//! of a network's wire.
 
 mod access;
 mod acknowledgement;
@@ -50,6 +53,10 @@ mod limits;
 mod memory_in_use;
 mod memory_table;
 mod negotiation;
+mod network_commands;
+mod network_frames;
+mod network_life;
+mod network_offloads;
 mod notification;
 mod offers;
 mod openmetrics;
@@ -64,3 +71,4 @@ mod stability;
 mod subject;
 mod suspension;
 mod untimely;
+mod wire;

@@ -1,5 +1,5 @@
-//! The back end under test: a process of its own with a temporary disk, and the checks that every
-//! case ends with.
+//! The back end under test: a process of its own with a temporary disk or a network, and the checks
+//! that every case ends with.
 //!
 //! By default it is our `vhost-blk`, started by the harness. With `OUTBOARD_CONFORMANCE_COMMAND`
 //! set it is another program, so that a verdict can be checked on a peer: a command line for `sh`
@@ -8,15 +8,21 @@
 //! suites about our own command line skip then.
 
 use crate::launch;
+use crate::wire::Wire;
 use frontend::block::{BlockDriver, Request, SECTOR_BYTES, VIRTIO_BLK_S_OK};
-use frontend::guest::Options;
+use frontend::guest::{Guest, Options};
+use frontend::message::VIRTIO_F_VERSION_1;
+use frontend::net::{NetDriver, VIRTIO_NET_F_MRG_RXBUF};
+use frontend::virtqueue::Buffer;
 use frontend::wire::PATIENCE;
 use frontend::{Error, front_end::FrontEnd};
 use rustix::process::Signal;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 use tests::{Daemon, DaemonCommand, TempDir, temp_dir};
 
@@ -32,6 +38,10 @@ const AIO_THREADS_MAX: usize = 16;
 pub(crate) const WITHOUT_IO_URING: &str = env!("CARGO_BIN_EXE_without-io-uring");
 /// Queues that every subject has.
 pub(crate) const QUEUE_COUNT: u16 = 2;
+/// Where a network's commands go: behind its one pair.
+pub(crate) const CONTROL_QUEUE: u16 = 2;
+/// The address of every network's guest.
+pub(crate) const GUEST_MAC: [u8; 6] = [0x52, 0x54, 0, 0x12, 0x34, 0x56];
 
 /// Says why a case about our own command line has nothing to test, if it is so.
 pub(crate) fn is_another_program() -> bool {
@@ -102,6 +112,8 @@ pub(crate) struct Subject {
     directory: TempDir,
     /// What it had open when it served the next front end for the first time.
     descriptors: Option<usize>,
+    /// The network that it serves, if it serves none of the disks.
+    wire: Option<Rc<Wire>>,
 }
 
 impl Subject {
@@ -115,6 +127,66 @@ impl Subject {
         Subject::in_directory(temp_dir(), options)
     }
 
+    /// Our network device with further options, on a wire whose other end is the test's.
+    pub(crate) fn network(options: &[&str]) -> Self {
+        let directory = temp_dir();
+        let path = directory.path().join("wire");
+        let listener = UnixListener::bind(&path).expect("a socket fits in a fresh directory");
+        let backend = format!("socket={}", path.display());
+        let command = DaemonCommand::network(&backend);
+        let mut subject = Subject::of_network(directory, command, options);
+        subject.wire = Some(Rc::new(Wire::accept(&listener)));
+        subject
+    }
+
+    /// Our network device with further options, on another network.
+    pub(crate) fn of_network(directory: TempDir, command: DaemonCommand, options: &[&str]) -> Self {
+        let [socket, control] = ["socket", "control"].map(|name| directory.path().join(name));
+        let command = command.argument("--mac").argument("52:54:00:12:34:56");
+        let command = command.socket(&socket).argument("--control").argument(control);
+        let daemon = options.iter().fold(command, |command, option| command.argument(option));
+        let process = Process::Ours(daemon.start());
+        Subject { process, socket, directory, descriptors: None, wire: None }
+    }
+
+    /// What is attacked in the same way whatever it serves: the disk, and our network.
+    pub(crate) fn each() -> Vec<Self> {
+        let network = (!is_peer()).then(|| Subject::network(&[]));
+        [Subject::start()].into_iter().chain(network).collect()
+    }
+
+    /// A queue of a disk or a network does what it is for.
+    #[track_caller]
+    pub(crate) fn must_work(&self, driver: &mut BlockDriver, queue: u16) {
+        match &self.wire {
+            Some(wire) => carries(&mut driver.guest, wire, queue).expect("a chain comes back"),
+            None => must_work(driver, queue),
+        }
+    }
+
+    /// The wire of a network.
+    pub(crate) fn wire(&self) -> Option<Rc<Wire>> {
+        self.wire.clone()
+    }
+
+    /// The wire is cut, and the daemon finds no other.
+    pub(crate) fn cut_wire(&mut self) {
+        std::fs::remove_file(self.directory.path().join("wire")).expect("it is there");
+        self.wire = None;
+    }
+
+    /// The daemon finds another wire.
+    pub(crate) fn mend_wire(&mut self) {
+        let listener = UnixListener::bind(self.directory.path().join("wire"));
+        let listener = listener.expect("a socket fits in its place");
+        self.wire = Some(Rc::new(Wire::accept(&listener)));
+    }
+
+    /// Queues that it has, at most.
+    pub(crate) fn queue_count(&self) -> u16 {
+        if self.wire.is_some() { CONTROL_QUEUE + 1 } else { QUEUE_COUNT }
+    }
+
     /// As [`Subject::with_options`], with its disk in `directory`: the one that is there, if any.
     pub(crate) fn in_directory(directory: TempDir, options: &[&str]) -> Self {
         if !directory.path().join("disk").exists() {
@@ -126,7 +198,7 @@ impl Subject {
             Ok(command) => Process::Another(start_another(&command, &socket, &image)),
             Err(_) => Process::Ours(ours(directory.path(), options).start()),
         };
-        Subject { process, socket, directory, descriptors: None }
+        Subject { process, socket, directory, descriptors: None, wire: None }
     }
 
     /// Our daemon on a host that lets it write no file beyond `limit_sectors`; disk and log
@@ -145,7 +217,13 @@ impl Subject {
         let mut process = launch::Process::spawn(shell.stdin(Stdio::null()).stderr(log))
             .expect("there is a shell");
         process.wait_for_socket(&socket);
-        Subject { process: Process::Another(process), socket, directory, descriptors: None }
+        Subject {
+            process: Process::Another(process),
+            socket,
+            directory,
+            descriptors: None,
+            wire: None,
+        }
     }
 
     /// Our daemon where an io_uring cannot be made, for the reason `error`.
@@ -155,7 +233,7 @@ impl Subject {
         let socket = image.with_file_name("socket");
         let launcher = [WITHOUT_IO_URING, error];
         let daemon = ours(directory.path(), options).through(launcher).start();
-        Subject { process: Process::Ours(daemon), socket, directory, descriptors: None }
+        Subject { process: Process::Ours(daemon), socket, directory, descriptors: None, wire: None }
     }
 
     /// What our daemon has logged.
@@ -281,6 +359,11 @@ impl Subject {
         self.when_free(|| BlockDriver::start(self.socket(), options))
     }
 
+    /// A network's driver with running queues.
+    pub(crate) fn net_driver(&self, options: &Options) -> NetDriver {
+        self.when_free(|| NetDriver::start(self.socket(), options))
+    }
+
     fn when_free<T>(&self, attempt: impl Fn() -> Result<T, Error>) -> T {
         let deadline = Instant::now() + PATIENCE;
         loop {
@@ -313,9 +396,14 @@ impl Subject {
     #[track_caller]
     pub(crate) fn must_serve_the_next(&mut self) {
         self.must_live();
-        let mut driver = self.driver(&Options { queue_count: QUEUE_COUNT, ..Options::default() });
-        for queue in 0..QUEUE_COUNT {
-            must_work(&mut driver, queue);
+        let options = Options { queue_count: self.queue_count(), ..Options::default() };
+        let mut network = self.wire().map(|wire| (self.net_driver(&options), wire));
+        let mut disk = network.is_none().then(|| self.driver(&options));
+        if let Some((driver, wire)) = &mut network {
+            must_carry(&mut driver.guest, wire, "the next front end");
+        }
+        if let Some(driver) = &mut disk {
+            (0..QUEUE_COUNT).for_each(|queue| must_work(driver, queue));
         }
         let first = *self.descriptors.get_or_insert(self.count("fd"));
         let deadline = Instant::now() + SETTLING;
@@ -338,6 +426,46 @@ pub(crate) fn must_work(driver: &mut BlockDriver, queue: u16) {
     let read = driver.perform(queue, &Request::read(sector, data.len())).expect("a read ends");
     assert_eq!(read.status, VIRTIO_BLK_S_OK, "read on queue {queue}");
     assert!(read.data == data, "queue {queue} reads something else than it wrote");
+}
+
+/// A frame of `frame_bytes` from the guest to everybody, or the other way round.
+pub(crate) fn frame(frame_bytes: usize, number: u8) -> Vec<u8> {
+    let mut frame = [&[0xff; 6][..], &GUEST_MAC, &[0x88, 0xb5]].concat();
+    frame.extend((0..frame_bytes.saturating_sub(frame.len())).map(|at| (at % 251) as u8 ^ number));
+    frame.truncate(frame_bytes);
+    frame
+}
+
+/// A pair does what it is for: what the guest sends is on the wire, and what comes over the wire the guest receives.
+#[track_caller]
+pub(crate) fn must_carry(guest: &mut Guest, wire: &Wire, what: &str) {
+    carries(guest, wire, 1).unwrap_or_else(|error| panic!("{what}, sending: {error}"));
+    carries(guest, wire, 0).unwrap_or_else(|error| panic!("{what}, receiving: {error}"));
+}
+
+/// One queue of a network does what it is for. Nothing else is outstanding on it.
+#[track_caller]
+pub(crate) fn carries(guest: &mut Guest, wire: &Wire, queue: u16) -> Result<(), Error> {
+    let with_number = VIRTIO_F_VERSION_1 | VIRTIO_NET_F_MRG_RXBUF;
+    let header = vec![0; if guest.features & with_number == 0 { 10 } else { 12 }];
+    let (sent, receives) = (frame(800 + usize::from(queue), 3), queue == 0);
+    let chain = [&header[..], &sent].concat();
+    let address = guest.allocate(chain.len());
+    let len_bytes = u32::try_from(chain.len()).expect("a frame is short");
+    guest.memory.write(address, if receives { &[] } else { &chain });
+    let ring = &mut guest.queues[usize::from(queue)];
+    ring.submit(&[Buffer { address, len_bytes, writable: receives }]);
+    ring.kick()?;
+    if receives {
+        wire.send(&sent);
+    } else {
+        wire.must_receive(&sent, "a frame of the guest's");
+    }
+    let used = ring.wait_used(PATIENCE)?;
+    assert_eq!(used.len_bytes, if receives { len_bytes } else { 0 }, "queue {queue}");
+    let received = guest.memory.read(address, chain.len());
+    assert!(received[header.len()..] == sent, "the guest receives another frame");
+    Ok(())
 }
 
 /// Our daemon's command, on the disk in `directory`.

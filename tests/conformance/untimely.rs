@@ -5,7 +5,7 @@
 //! connection that goes on can still be set up as it should have been.
 
 use crate::aftermath::{Attacker, Reaction, Session, reaction};
-use crate::subject::{Subject, is_ours_to_promise, is_peer, must_work, promise};
+use crate::subject::{Subject, is_ours_to_promise, is_peer, promise};
 use frontend::block::BlockDriver;
 use frontend::front_end::FrontEnd;
 use frontend::guest::{Guest, Options};
@@ -111,44 +111,48 @@ impl Parts {
 
 #[test]
 fn every_pair_of_messages_before_anything_else() {
-    let mut subject = Subject::start();
-    let parts = Parts::fresh(&subject);
-    let table = [parts.region()];
-    for first in TABLE {
-        for second in TABLE {
-            let wire = subject.connect().into_wire();
-            let goes_on = [first, second].into_iter().all(|row| {
-                let (payload, fds) = (parts.payload(row, &table), parts.fds(row, &table));
-                reaction(&wire, (row.request, 0), &payload, &fds) != Reaction::HungUp
-            });
-            // Of another program, only what comes after the connection is asked.
-            if goes_on && !is_peer() {
-                let what = format!("{}, {}", first.name, second.name);
-                let driver = BlockDriver::start_on(wire, &Options::default());
-                must_work(&mut driver.unwrap_or_else(|error| panic!("{what}: {error}")), 0);
+    for mut subject in Subject::each() {
+        let parts = Parts::fresh(&subject);
+        let table = [parts.region()];
+        for first in TABLE {
+            for second in TABLE {
+                let wire = subject.connect().into_wire();
+                let goes_on = [first, second].into_iter().all(|row| {
+                    let (payload, fds) = (parts.payload(row, &table), parts.fds(row, &table));
+                    reaction(&wire, (row.request, 0), &payload, &fds) != Reaction::HungUp
+                });
+                // Of another program, only what comes after the connection is asked.
+                if goes_on && !is_peer() {
+                    let what = format!("{}, {}", first.name, second.name);
+                    let driver = BlockDriver::start_on(wire, &Options::default());
+                    let mut driver = driver.unwrap_or_else(|error| panic!("{what}: {error}"));
+                    subject.must_work(&mut driver, 0);
+                }
             }
+            subject.must_serve_the_next();
         }
-        subject.must_serve_the_next();
     }
 }
 
 #[test]
 fn every_request_alone_asking_for_what_was_not_negotiated() {
-    let mut subject = Subject::start();
-    let parts = Parts::fresh(&subject);
-    let table = [parts.region()];
-    for row in TABLE {
-        let wire = subject.connect().into_wire();
-        let (payload, fds) = (parts.payload(row, &table), parts.fds(row, &table));
-        let reaction = reaction(&wire, (row.request, VHOST_USER_NEED_REPLY_MASK), &payload, &fds);
-        // vhost-user, "REPLY_ACK": without it only some requests have replies. Whoever offers the
-        // feature and negotiates it with this very message may answer.
-        let kept = row.answered
-            || row.request == VHOST_USER_SET_PROTOCOL_FEATURES
-            || matches!(reaction, Reaction::HungUp | Reaction::Ignored);
-        promise(kept, || format!("{} was answered: {reaction:?}", row.name));
-        drop(wire);
-        subject.must_serve_the_next();
+    for mut subject in Subject::each() {
+        let parts = Parts::fresh(&subject);
+        let table = [parts.region()];
+        for row in TABLE {
+            let wire = subject.connect().into_wire();
+            let (payload, fds) = (parts.payload(row, &table), parts.fds(row, &table));
+            let reaction =
+                reaction(&wire, (row.request, VHOST_USER_NEED_REPLY_MASK), &payload, &fds);
+            // vhost-user, "REPLY_ACK": without it only some requests have replies. Whoever offers the
+            // feature and negotiates it with this very message may answer.
+            let kept = row.answered
+                || row.request == VHOST_USER_SET_PROTOCOL_FEATURES
+                || matches!(reaction, Reaction::HungUp | Reaction::Ignored);
+            promise(kept, || format!("{} was answered: {reaction:?}", row.name));
+            drop(wire);
+            subject.must_serve_the_next();
+        }
     }
 }
 
@@ -172,7 +176,7 @@ fn send(attacker: &Attacker, parts: &Parts, row: &Row) -> Reaction {
 }
 
 /// Ring 0 can be set up again, whatever was said about it.
-fn must_start_over(attacker: &mut Attacker, what: &str) {
+fn must_start_over(subject: &Subject, attacker: &mut Attacker, what: &str) {
     // No specification demands it.
     if is_peer() {
         return;
@@ -184,22 +188,61 @@ fn must_start_over(attacker: &mut Attacker, what: &str) {
         driver.guest.enable(0)
     });
     assert!(restarted.is_ok(), "{what}: the ring does not start over: {restarted:?}");
-    must_work(driver, 0);
+    subject.must_work(driver, 0);
 }
 
 #[test]
 fn every_pair_of_messages_about_a_running_ring() {
-    let mut subject = Subject::start();
-    for first in TABLE.iter().filter(is_about_a_ring) {
-        for second in TABLE.iter().filter(is_about_a_ring) {
-            let what = format!("{}, {}", first.name, second.name);
+    for mut subject in Subject::each() {
+        for first in TABLE.iter().filter(is_about_a_ring) {
+            for second in TABLE.iter().filter(is_about_a_ring) {
+                let what = format!("{}, {}", first.name, second.name);
+                let mut attacker = Attacker::begin(&subject, &Options::default());
+                let parts = Parts::new(&attacker.driver.guest);
+                let goes_on = [first, second]
+                    .into_iter()
+                    .all(|row| send(&attacker, &parts, row) != Reaction::HungUp);
+                if goes_on {
+                    must_start_over(&subject, &mut attacker, &what);
+                }
+                attacker.after(
+                    &mut subject,
+                    if goes_on { Session::Lives } else { Session::Over },
+                    &what,
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn messages_at_random() {
+    // What is about ring 0, in any order, with now and then a number that is wrong.
+    for mut subject in Subject::each() {
+        let rows: Vec<_> = TABLE.iter().filter(is_about_a_ring).collect();
+        for seed in 0..SEQUENCES {
+            let mut random = Random::new(seed);
             let mut attacker = Attacker::begin(&subject, &Options::default());
             let parts = Parts::new(&attacker.driver.guest);
-            let goes_on = [first, second]
-                .into_iter()
-                .all(|row| send(&attacker, &parts, row) != Reaction::HungUp);
+            let table = [&attacker.driver.guest.memory.regions()[0]];
+            let mut goes_on = true;
+            for _ in 0..SEQUENCE_MESSAGES {
+                let row = rows[random.below(rows.len() as u64) as usize];
+                let (mut payload, fds) = (parts.payload(row, &table), parts.fds(row, &table));
+                // Not the index of the ring, which comes first, nor the guest's memory.
+                if row.name.contains("_VRING_") && random.below(4) == 0 {
+                    let at = 4 + random.below(payload.len() as u64 - 4) as usize;
+                    payload[at] = random.bits() as u8;
+                }
+                let flags = VHOST_USER_NEED_REPLY_MASK * (random.below(8) != 0) as u32;
+                if attacker.send((row.request, flags), &payload, &fds) == Reaction::HungUp {
+                    goes_on = false;
+                    break;
+                }
+            }
+            let what = format!("seed {seed}");
             if goes_on {
-                must_start_over(&mut attacker, &what);
+                must_start_over(&subject, &mut attacker, &what);
             }
             attacker.after(
                 &mut subject,
@@ -211,68 +254,36 @@ fn every_pair_of_messages_about_a_running_ring() {
 }
 
 #[test]
-fn messages_at_random() {
-    // What is about ring 0, in any order, with now and then a number that is wrong.
-    let mut subject = Subject::start();
-    let rows: Vec<_> = TABLE.iter().filter(is_about_a_ring).collect();
-    for seed in 0..SEQUENCES {
-        let mut random = Random::new(seed);
-        let mut attacker = Attacker::begin(&subject, &Options::default());
-        let parts = Parts::new(&attacker.driver.guest);
-        let table = [&attacker.driver.guest.memory.regions()[0]];
-        let mut goes_on = true;
-        for _ in 0..SEQUENCE_MESSAGES {
-            let row = rows[random.below(rows.len() as u64) as usize];
-            let (mut payload, fds) = (parts.payload(row, &table), parts.fds(row, &table));
-            // Not the index of the ring, which comes first, nor the guest's memory.
-            if row.name.contains("_VRING_") && random.below(4) == 0 {
-                let at = 4 + random.below(payload.len() as u64 - 4) as usize;
-                payload[at] = random.bits() as u8;
-            }
-            let flags = VHOST_USER_NEED_REPLY_MASK * (random.below(8) != 0) as u32;
-            if attacker.send((row.request, flags), &payload, &fds) == Reaction::HungUp {
-                goes_on = false;
-                break;
-            }
-        }
-        let what = format!("seed {seed}");
-        if goes_on {
-            must_start_over(&mut attacker, &what);
-        }
-        attacker.after(&mut subject, if goes_on { Session::Lives } else { Session::Over }, &what);
-    }
-}
-
-#[test]
 fn ring_is_set_up_in_any_order() {
     // vhost-user has an order in mind, and front ends have others: memory after the rings, enabling
     // before anything else.
     if !is_ours_to_promise() {
         return;
     }
-    let subject = Subject::start();
-    for seed in 0..ORDERS {
-        let mut random = Random::new(seed);
-        let mut driver = subject.driver(&Options::default());
-        let guest = &driver.guest;
-        let front_end = &guest.front_end;
-        front_end.reset_device().expect("the device can be reset");
-        front_end.set_mem_table([]).expect("memory can be taken away");
-        front_end.set_features(guest.features).expect("features can be set again");
-        let mut steps: Vec<Step> = vec![
-            |guest| guest.front_end.set_mem_table(guest.memory.regions()),
-            |guest| guest.front_end.set_vring_num(0, u32::from(guest.queues[0].ring().size())),
-            |guest| guest.front_end.set_vring_addr(&guest.ring_addresses(0)),
-            |guest| set_fd(guest, VHOST_USER_SET_VRING_KICK),
-            |guest| set_fd(guest, VHOST_USER_SET_VRING_CALL),
-            |guest| set_fd(guest, VHOST_USER_SET_VRING_ERR),
-            |guest| guest.enable(0),
-        ];
-        random.shuffle(&mut steps);
-        for step in steps {
-            step(guest).unwrap_or_else(|error| panic!("seed {seed}: {error}"));
+    for subject in Subject::each() {
+        for seed in 0..ORDERS {
+            let mut random = Random::new(seed);
+            let mut driver = subject.driver(&Options::default());
+            let guest = &driver.guest;
+            let front_end = &guest.front_end;
+            front_end.reset_device().expect("the device can be reset");
+            front_end.set_mem_table([]).expect("memory can be taken away");
+            front_end.set_features(guest.features).expect("features can be set again");
+            let mut steps: Vec<Step> = vec![
+                |guest| guest.front_end.set_mem_table(guest.memory.regions()),
+                |guest| guest.front_end.set_vring_num(0, u32::from(guest.queues[0].ring().size())),
+                |guest| guest.front_end.set_vring_addr(&guest.ring_addresses(0)),
+                |guest| set_fd(guest, VHOST_USER_SET_VRING_KICK),
+                |guest| set_fd(guest, VHOST_USER_SET_VRING_CALL),
+                |guest| set_fd(guest, VHOST_USER_SET_VRING_ERR),
+                |guest| guest.enable(0),
+            ];
+            random.shuffle(&mut steps);
+            for step in steps {
+                step(guest).unwrap_or_else(|error| panic!("seed {seed}: {error}"));
+            }
+            subject.must_work(&mut driver, 0);
         }
-        must_work(&mut driver, 0);
     }
 }
 
@@ -288,29 +299,32 @@ fn set_fd(guest: &Guest, request: u32) -> Result<(), frontend::Error> {
 #[test]
 fn ring_is_stopped_and_started_over_and_over() {
     // Stopped twice, started twice, without anything in between.
-    let mut subject = Subject::start();
-    let mut attacker = Attacker::begin(&subject, &Options::default());
-    for round in 0..100 {
-        let guest = &attacker.driver.guest;
-        for _ in 0..round % 3 {
-            let reaction = attacker.send((VHOST_USER_GET_VRING_BASE, 0), &vring_state(0, 0), &[]);
-            assert_eq!(reaction, Reaction::Answered, "round {round}");
+    for mut subject in Subject::each() {
+        let mut attacker = Attacker::begin(&subject, &Options::default());
+        for round in 0..100 {
+            let guest = &attacker.driver.guest;
+            for _ in 0..round % 3 {
+                let reaction =
+                    attacker.send((VHOST_USER_GET_VRING_BASE, 0), &vring_state(0, 0), &[]);
+                assert_eq!(reaction, Reaction::Answered, "round {round}");
+            }
+            for _ in 0..round % 4 {
+                set_fd(guest, VHOST_USER_SET_VRING_KICK).expect("a kick can be set");
+                guest.enable(0).expect("a ring can be enabled");
+            }
         }
-        for _ in 0..round % 4 {
-            set_fd(guest, VHOST_USER_SET_VRING_KICK).expect("a kick can be set");
-            guest.enable(0).expect("a ring can be enabled");
-        }
+        must_start_over(&subject, &mut attacker, "starts and stops");
+        attacker.after(&mut subject, Session::Lives, "starts and stops");
     }
-    must_start_over(&mut attacker, "starts and stops");
-    attacker.after(&mut subject, Session::Lives, "starts and stops");
 }
 
 /// Only the connection, and nothing said.
 #[test]
 fn silent_front_end_leaves_when_it_likes() {
-    let mut subject = Subject::start();
-    for _ in 0..50 {
-        drop(FrontEnd::connect(subject.socket()));
+    for mut subject in Subject::each() {
+        for _ in 0..50 {
+            drop(FrontEnd::connect(subject.socket()));
+        }
+        subject.must_serve_the_next();
     }
-    subject.must_serve_the_next();
 }

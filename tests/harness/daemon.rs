@@ -74,6 +74,11 @@ impl DaemonCommand {
         Self::new(&program("vhost-blk")).argument("--blk-file").argument(image)
     }
 
+    /// A `vhost-net` that serves the network `backend` (`--backend`) on a socket of its own.
+    pub fn network(backend: &str) -> Self {
+        Self::new(&program("vhost-net")).argument("--backend").argument(backend)
+    }
+
     /// Any program that takes `--socket-path` and reports readiness by `sd_notify`.
     pub fn new(program: &Path) -> Self {
         Self {

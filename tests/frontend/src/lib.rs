@@ -1,4 +1,4 @@
-//! A scripted vhost-user front end, with the driver side of a virtio block device: what the tests
+//! A scripted vhost-user front end, with the driver side of virtio block and network devices: what the tests
 //! talk to a back end with.
 //!
 //! It shares no code with the daemons, so that a misreading of the specification cannot hide in a
@@ -12,8 +12,8 @@
 //! - [`notifier`]: kick, call and err descriptors as eventfd, pipe or socket, empty or full.
 //! - [`ring`]: a split virtqueue's fields, each readable and writable on its own; and
 //!   [`virtqueue`], a driver that plays by the rules.
-//! - [`block`]: the requests of a virtio block device; [`guest`]: a whole driver, from connection
-//!   to running queues.
+//! - [`block`]: the requests of a virtio block device; [`net`]: the frames and commands of a network
+//!   device; [`guest`]: a whole driver, from connection to running queues.
 //!
 //! It deliberately offers no retries and no reconnection: a test that expects a hang-up must see
 //! it.
@@ -24,6 +24,7 @@ pub mod front_end;
 pub mod guest;
 pub mod memory;
 pub mod message;
+pub mod net;
 pub mod notifier;
 pub mod ring;
 pub mod virtqueue;
