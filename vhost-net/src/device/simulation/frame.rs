@@ -154,13 +154,15 @@ fn any_bytes(number: u32, from: [u8; 6], random: &mut Random) -> Vec<u8> {
         _ => OWN,
     };
     let mut frame = [to, from].concat();
-    if len >= 24 && random.once_in(3) {
+    if len >= 16 && random.once_in(3) {
         let vlan = random.pick(&VLANS) | 0x2000;
         frame.extend([0x81, 0]);
         frame.extend(vlan.to_be_bytes());
     }
     // An EtherType that is none of a tag.
     frame.extend([0x40 | (number >> 8) as u8 & 0x3f, number as u8]);
+    // It may end with its tag.
+    frame.truncate(len);
     let (low, high) = (number as u8, (number >> 8) as u8);
     frame.extend((0..len.saturating_sub(frame.len())).map(|at| match at % 3 {
         0 => low,
@@ -172,7 +174,7 @@ fn any_bytes(number: u32, from: [u8; 6], random: &mut Random) -> Vec<u8> {
 
 /// The VLAN of a frame's tag, if it has one.
 pub(super) fn vlan_of(frame: &[u8]) -> Option<u16> {
-    let is_tagged = frame.len() >= 18 && frame[12..14] == [0x81, 0];
+    let is_tagged = frame.len() >= 16 && frame[12..14] == [0x81, 0];
     is_tagged.then(|| u16::from_be_bytes([frame[14], frame[15]]) & 0xfff)
 }
 
@@ -217,6 +219,9 @@ impl Inbound {
         if let Some(vlan) = mode.vlan {
             if vlan_of(&frame) != Some(vlan) {
                 return Err("vlan");
+            }
+            if frame.len() < 18 {
+                return Err("runt");
             }
             if fields.flags & 1 != 0 && fields.csum_start < 18 {
                 return Err("checksum_in_ethernet");
