@@ -8,6 +8,7 @@
 //! | [`session`] | messages in any order, and what the daemon makes of them | the ring states of the vhost-user text |
 //! | [`ring`] | stores of a driver between the device's steps | a second reading of VIRTIO's split virtqueue |
 //! | [`request`] | block requests, what the disk makes of them, and when | a second reading of VIRTIO's block device |
+//! | [`frame`] | frames and commands of a network's driver | a second reading of VIRTIO's network device |
 //! | [`control`] | what a client of the control socket sends | one answer a line |
 //!
 //! # Contract
@@ -20,6 +21,7 @@
 
 pub mod connection;
 pub mod control;
+pub mod frame;
 pub mod message;
 
 pub mod request;

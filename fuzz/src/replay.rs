@@ -47,6 +47,11 @@ fn request_bears_its_seeds() {
 }
 
 #[test]
+fn frame_bears_its_seeds() {
+    replay("frame", crate::frame::run);
+}
+
+#[test]
 fn control_bears_its_seeds() {
     replay("control", crate::control::run);
 }

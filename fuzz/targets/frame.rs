@@ -1,0 +1,5 @@
+//! libFuzzer's way to [`fuzz::frame`].
+
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| fuzz::frame::run(data));
