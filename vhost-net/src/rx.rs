@@ -13,7 +13,7 @@
 
 use std::sync::Arc;
 
-use common::device::{Account, HostFault, QueueIo};
+use common::device::{Account, HostFault, MAX_CHAINS_PER_TURN, QueueIo};
 use common::engine::Readiness;
 use common::memory::{HostBuffer, OwnMemory};
 use common::rate_limit;
@@ -384,9 +384,11 @@ struct Room {
     /// Their buffers, one chain's after the other's.
     buffers: Vec<HostBuffer>,
     len_bytes: usize,
-    /// The next chain has more buffers than find a place.
+    /// The next chain has more buffers than find a place, or none.
     is_full: bool,
-    queue_size: u16,
+    /// Chains that can be gathered: those of a ring, but no more than are popped in one turn. Where more were asked for,
+    /// each turn would end with the wish for another.
+    chains_max: usize,
 }
 
 /// A chain and its share of the room.
@@ -398,9 +400,10 @@ struct Gathering {
 
 impl Room {
     fn new(queue_size: u16) -> Self {
-        let chains = Vec::with_capacity(usize::from(queue_size));
+        let chains_max = usize::from(queue_size).min(MAX_CHAINS_PER_TURN as usize);
+        let chains = Vec::with_capacity(chains_max);
         let buffers = Vec::with_capacity(ROOM_BUFFERS_MAX);
-        Self { chains, buffers, len_bytes: 0, is_full: false, queue_size }
+        Self { chains, buffers, len_bytes: 0, is_full: false, chains_max }
     }
 
     fn is_empty(&self) -> bool {
@@ -413,12 +416,17 @@ impl Room {
 
     /// Pops chains until there is room for `wanted` bytes, or there are no more.
     fn gather(&mut self, wanted: usize, io: &mut QueueIo<'_>) {
-        while self.len_bytes < wanted && !self.is_full {
+        while self.len_bytes < wanted && !self.is_full && self.chains.len() < self.chains_max {
             let Some(chain) = io.pop() else { return };
             let writable = io.writable(&chain);
             let before = self.buffers.len();
-            if writable.len_bytes() == 0 {
+            if writable.len_bytes() == 0 && self.is_empty() {
                 return io.reject(chain, "it has no room for a frame");
+            }
+            if writable.len_bytes() == 0 {
+                // Those before it may go back yet, which they could not behind one that has ended: its turn comes.
+                self.is_full = true;
+                return io.retract(chain);
             }
             // What is beyond the limit in a chain that is alone is not used.
             self.buffers.extend(writable.iter().take(ROOM_BUFFERS_MAX));
@@ -436,7 +444,7 @@ impl Room {
 
     /// Whether waiting brings no more room for a frame: it is in one chain, or in all.
     fn is_all_there_can_be(&self, merges: bool) -> bool {
-        let is_all = self.is_full || self.chains.len() >= usize::from(self.queue_size);
+        let is_all = self.is_full || self.chains.len() >= self.chains_max;
         !self.is_empty() && (!merges || is_all)
     }
 

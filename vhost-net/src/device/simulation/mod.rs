@@ -2,11 +2,13 @@
 //!
 //! The parts: [`mode`] is what a run is made of, [`frame`] what travels and what must become of it, [`listening`] what
 //! the driver has said it wants, [`ring`] its rings, [`receiving`] and [`transmitting`] what it and the wire must see,
-//! [`world`] all of them together and what happens to them. What they do not do: threads, a kernel, a clock; the worker
-//! and the ring are the real ones (`common::simulation`). Streams have tests of their own (`source/stream.rs`).
+//! [`world`] all of them together and what happens to them; [`misbehaving`] is a driver that does more than it may, met
+//! by hand. What they do not do: threads, a kernel, a clock; the worker and the ring are the real ones
+//! (`common::simulation`). Streams are tested at `backend/stream.rs`, and by guests.
 
 mod frame;
 mod listening;
+mod misbehaving;
 mod mode;
 mod receiving;
 mod ring;
