@@ -259,7 +259,7 @@ mod tests {
     const BROADCAST: Mac = Mac::new([0xff; 6]);
 
     fn to(destination: Mac) -> Head {
-        Head { destination, source: OTHER, vlan: None }
+        Head { destination, source: OTHER, vlan: None, has_tag: false }
     }
 
     fn in_vlan(number: u16) -> Head {

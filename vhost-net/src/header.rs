@@ -47,6 +47,8 @@ const VIRTIO_NET_HDR_GSO_ECN: u8 = 0x80;
 
 /// EtherType of a frame that has a VLAN tag.
 const ETH_P_8021Q: [u8; 2] = [0x81, 0x00];
+/// Likewise, of a provider's (IEEE 802.1ad), within which there may be a customer's.
+const ETH_P_8021AD: [u8; 2] = [0x88, 0xa8];
 
 /// A checksum's own length.
 const CHECKSUM_BYTES: usize = 2;
@@ -343,8 +345,10 @@ pub(crate) struct Head {
     pub(crate) destination: Mac,
     pub(crate) source: Mac,
     /// The VLAN that its tag names; `Some(0)` for a tag that has a priority only, and `None` where
-    /// there is no tag, or the bytes end before its end.
+    /// there is no tag, it is a provider's, or the bytes end before its end.
     pub(crate) vlan: Option<VlanId>,
+    /// Whether it has a tag, of either kind, or begins to have one.
+    pub(crate) has_tag: bool,
 }
 
 impl Head {
@@ -354,11 +358,13 @@ impl Head {
         let (ethernet, rest) = frame.split_first_chunk().ok_or(Malformed::Runt)?;
         let [d0, d1, d2, d3, d4, d5, s0, s1, s2, s3, s4, s5, type_0, type_1]: [u8; ETHERNET_BYTES] =
             *ethernet;
-        let control = rest.first_chunk().filter(|_| [type_0, type_1] == ETH_P_8021Q);
+        let ether_type = [type_0, type_1];
+        let control = rest.first_chunk().filter(|_| ether_type == ETH_P_8021Q);
         Ok(Self {
             destination: Mac::new([d0, d1, d2, d3, d4, d5]),
             source: Mac::new([s0, s1, s2, s3, s4, s5]),
             vlan: control.map(|control| VlanId::of_tag(*control)),
+            has_tag: [ETH_P_8021Q, ETH_P_8021AD].contains(&ether_type),
         })
     }
 

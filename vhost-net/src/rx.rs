@@ -266,8 +266,8 @@ impl Receiver {
         let body_bytes = frame_bytes - ethernet_bytes;
         let frame = match self.shared.vlan() {
             None => Frame { header, ethernet, ethernet_bytes, body_bytes },
-            // It ends with its tag: without it, it has no type.
-            Some(vlan) if head.vlan == Some(vlan) && frame_bytes < ETHERNET_HEAD_BYTES => {
+            // What is not there of it, `head` has of another frame.
+            vlan @ Some(_) if head.vlan == vlan && frame_bytes < ETHERNET_HEAD_BYTES => {
                 return Err(Malformed::Runt.into());
             }
             Some(vlan) if head.vlan == Some(vlan) => {

@@ -213,7 +213,7 @@ impl Transmitter {
                 Ok(Frame { head_bytes, taken_bytes, frame_bytes })
             }
             // Only the port says which VLAN a frame is in.
-            Some(_) if head.vlan.is_some() => Err(Reason::Vlan),
+            Some(_) if head.has_tag => Err(Reason::Vlan),
             Some(vlan) => {
                 let header = header.tagged(frame_bytes)?;
                 let frame_bytes = frame_bytes + VLAN_TAG_BYTES;

@@ -76,6 +76,13 @@ impl Bench {
     }
 }
 
+/// A plain device whose port is of this VLAN.
+fn of_vlan(vlan: u16) -> Mode {
+    let mut mode = Mode::plain();
+    mode.vlan = Some(vlan);
+    mode
+}
+
 fn plain_frame(number: u32, len_bytes: usize) -> Vec<u8> {
     Inbound::plain(number, len_bytes).frame
 }
@@ -111,4 +118,44 @@ fn frame_of_more_chains_than_a_turn_has_is_dropped_without_a_spin() {
     bench.deliver(&plain_frame(3, 200));
     assert!(bench.rest().is_empty());
     assert_eq!(bench.driver.take_used().len(), 2 * 212);
+}
+
+#[test]
+fn frame_that_ends_behind_its_tag_is_not_made_whole_with_bytes_of_another() {
+    let mut bench = Bench::new(of_vlan(7), 0, 16);
+    bench.give(&[], 100);
+    bench.publish();
+    let tagged = |vlan: u8, len_bytes| {
+        let mut frame = plain_frame(1, 60);
+        frame.splice(12..16, [0x81, 0, 0, vlan]);
+        frame.truncate(len_bytes);
+        frame
+    };
+    bench.deliver(&tagged(8, 60));
+    bench.deliver(&tagged(7, 16));
+    bench.deliver(&tagged(7, 17));
+    assert!(bench.rest().is_empty());
+    assert_eq!((bench.dropped("vlan"), bench.dropped("runt")), (1, 2));
+    bench.deliver(&tagged(7, 18));
+    assert!(bench.rest().is_empty());
+    let used: Vec<u32> = bench.driver.take_used().iter().map(|used| used.written_bytes).collect();
+    assert_eq!(used, [12 + 14]);
+}
+
+#[test]
+fn no_frame_of_a_port_of_a_vlan_brings_a_tag_along() {
+    for of_tag in [[0x81, 0x00], [0x88, 0xa8]] {
+        let mut bench = Bench::new(of_vlan(7), 1, 16);
+        // One without, one with a tag, and one that ends within it.
+        for (of_type, len_bytes) in [([0x08, 0x00], 60), (of_tag, 60), (of_tag, 15)] {
+            let mut frame = plain_frame(1, 60);
+            frame.splice(12..14, of_type);
+            bench.give(&[&[0; 12], &frame[..len_bytes]].concat(), 0);
+        }
+        bench.publish();
+        assert!(bench.rest().is_empty());
+        assert_eq!(bench.dropped("vlan"), 2, "{of_tag:x?}");
+        let sent = bench.stage.kernel().take_sent(ChannelIndex(1));
+        assert_eq!((sent.len(), &sent[0][24..30]), (1, &[0x81, 0, 0, 7, 8, 0][..]));
+    }
 }
