@@ -16,7 +16,7 @@ use rustix::io::Errno;
 use tokio::sync::Notify;
 use tracing::{info, warn};
 
-use crate::announcement::{ANNOUNCEMENT_BYTES, announcement};
+use crate::announcement::announcement;
 use crate::backend::{Backend, Link};
 use crate::capture::{Capture, Recorder};
 use crate::command::Command;
@@ -165,14 +165,17 @@ impl Shared {
 
     /// Sends a frame of our own from the main thread, which announces the guest. A tap takes it whole, beside those
     /// that queues send; who is behind a stream socket is no switch.
-    fn send_announcement(&self, mac: [u8; 6]) {
-        let mut frame = [0; HEADER_BYTES + ANNOUNCEMENT_BYTES];
-        frame[HEADER_BYTES..].copy_from_slice(&announcement(mac));
+    fn send_announcement(&self, mac: Mac) {
+        // Nobody is to send from another address than the guest's: the front end neither.
+        if !self.may_send_from(mac) {
+            return warn!(%mac, "a guest of this address is not announced (--only-mac)");
+        }
+        let frame = [&[0; HEADER_BYTES][..], &announcement(mac.bytes(), self.vlan())].concat();
         let files = self.backend.files();
         let (Framing::Header, [_, over, ..]) = (self.framing(), &files[..]) else { return };
         match rustix::io::write(over, &frame) {
-            Ok(_) => info!(mac = %Mac::new(mac), "the guest was announced"),
-            Err(errno) => warn!(mac = %Mac::new(mac), %errno, "the guest cannot be announced"),
+            Ok(_) => info!(%mac, "the guest was announced"),
+            Err(errno) => warn!(%mac, %errno, "the guest cannot be announced"),
         }
     }
 
@@ -392,7 +395,7 @@ impl Device for NetDevice {
 
 impl Network for NetDevice {
     fn announce(&self, mac: [u8; 6]) {
-        self.shared.send_announcement(mac);
+        self.shared.send_announcement(Mac::new(mac));
     }
 
     fn set_mtu(&self, mtu_bytes: u64) -> bool {
