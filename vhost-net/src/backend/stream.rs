@@ -33,7 +33,7 @@ use super::{Settings, descriptor};
 
 const OPTION: &str = "socket=PATH";
 
-/// Pause before a peer that is not there is tried again; each pause is twice the one before.
+/// Pause after a peer has gone, and before one that is not there is tried again; then each is twice the one before.
 const PAUSE_MIN: Duration = Duration::from_millis(50);
 /// The longest pause: a guest's network is back this soon after its peer, at the latest.
 const PAUSE_MAX: Duration = Duration::from_secs(2);
@@ -147,6 +147,8 @@ impl Stream {
             let _ = shutdown(&*socket, Shutdown::Both);
             on_change(self.link.state());
             info!("the peer at {:?} has gone", self.path);
+            // One that comes and goes all the time costs us little, and the log few lines.
+            sleep(PAUSE_MIN).await;
         }
     }
 
@@ -228,13 +230,13 @@ mod tests {
     use std::os::unix::fs::PermissionsExt;
     use std::os::unix::net::{UnixListener, UnixStream};
     use std::path::{Path, PathBuf};
-    use std::time::Duration;
+    use std::time::{Duration, Instant};
 
     use rustix::io::{Errno, read, write};
     use tokio::sync::mpsc;
     use tokio::time::timeout;
 
-    use super::{Side, Stream};
+    use super::{PAUSE_MIN, Side, Stream};
     use crate::backend::{LinkEvent, Settings};
 
     /// Far longer than anything here takes.
@@ -332,7 +334,9 @@ mod tests {
             assert_connected(&stream, &mut first);
             drop(first);
             events.next_is(false, 1).await;
+            let gone = Instant::now();
             events.next_is(true, 2).await;
+            assert!(gone.elapsed() >= PAUSE_MIN / 2, "peers that come and go keep us busy");
             assert_eq!(stream.adopt(Side::Receive), Ok(2));
             assert_eq!(stream.adopt(Side::Transmit), Ok(2));
             assert_connected(&stream, &mut second);
