@@ -2,8 +2,9 @@
 //!
 //! Contract: commands are carried out one after the other, in the order in which they come, and each is in force
 //! before it is answered. What may not be is answered with an error and changes nothing. Commands are rare, and two of
-//! them ([`Command::QueuePairs`], [`Command::GuestOffloads`]) have the back end changed by a system call, which waits
-//! for nothing; it is the one that a device's queue makes itself.
+//! them ([`Command::QueuePairs`], [`Command::GuestOffloads`]) have the back end changed by system calls, which a
+//! device's queue makes nowhere else. For a tap they wait for the lock of the host's network configuration. So a turn
+//! has one command: a driver that makes many holds neither other queues nor the end of its ring up for long.
 
 use std::sync::Arc;
 
@@ -27,16 +28,16 @@ impl Control {
     }
 
     pub(crate) fn process(&mut self, io: &mut QueueIo<'_>) {
-        while let Some(chain) = io.pop() {
-            if io.writable(&chain).len_bytes() == 0 {
-                return io.reject(chain, "it has no room for an answer");
-            }
-            let ack = self.carry_out(&chain, io);
-            // VIRTIO 1.3, 5.1.6.5: ack is the first device-writable byte.
-            io.writable(&chain).write(&[ack as u8]);
-            let (kind, failed) = (Kind::Control as usize, ack != Ack::Ok);
-            io.finish(chain, 1, Account { kind, bytes: 0, failed });
+        let Some(chain) = io.pop() else { return };
+        if io.writable(&chain).len_bytes() == 0 {
+            return io.reject(chain, "it has no room for an answer");
         }
+        let ack = self.carry_out(&chain, io);
+        // VIRTIO 1.3, 5.1.6.5: ack is the first device-writable byte.
+        io.writable(&chain).write(&[ack as u8]);
+        let (kind, failed) = (Kind::Control as usize, ack != Ack::Ok);
+        io.finish(chain, 1, Account { kind, bytes: 0, failed });
+        io.again();
     }
 
     fn carry_out(&mut self, chain: &Chain, io: &mut QueueIo<'_>) -> Ack {

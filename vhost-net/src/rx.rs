@@ -36,6 +36,9 @@ const ETHERNET_HEAD_BYTES: usize = ETHERNET_BYTES + VLAN_TAG_BYTES;
 pub(crate) const HEAD_BYTES: usize = HEADER_BYTES + ETHERNET_HEAD_BYTES;
 /// Frames that are looked at in one turn: those that the driver does not want cost no chain, but time.
 const FRAMES_PER_TURN: u32 = 256;
+/// Failures of the back end in a row after which it is asked no more until there is news of it: more than a tap's queue
+/// has frames (500, unless it was told otherwise), each of which may be one that it cannot give.
+const FAILURES_MAX: u32 = 1024;
 /// Buffers of gathered chains, at most: the kernel takes 1024 in one call, and there are others beside them.
 const ROOM_BUFFERS_MAX: usize = 1000;
 
@@ -62,6 +65,8 @@ pub(crate) struct Receiver {
     /// What one call receives into, where that is not the same.
     list: Vec<HostBuffer>,
     recorder: Option<Recorder>,
+    /// How often the back end has failed in a row.
+    failures: u32,
 }
 
 /// A frame that the driver is to have.
@@ -122,6 +127,7 @@ impl Receiver {
             places: Vec::with_capacity(ROOM_BUFFERS_MAX + 2),
             list: Vec::new(),
             recorder: shared.recorder(),
+            failures: 0,
             shared,
         }
     }
@@ -177,8 +183,12 @@ impl Receiver {
         self.places.push(self.spill.buffer());
         let (landing, backend) = (Landing(&self.places), self.shared.backend());
         match self.source.receive(landing, &mut self.list, backend, io) {
-            Ok(frame_bytes) => self.take(frame_bytes, room_bytes, io),
+            Ok(frame_bytes) => {
+                self.failures = 0;
+                self.take(frame_bytes, room_bytes, io)
+            }
             Err(Errno::AGAIN) => {
+                self.failures = 0;
                 if let Some(channel) = self.source.channel() {
                     io.await_channel(channel, Readiness::Readable);
                 }
@@ -186,18 +196,28 @@ impl Receiver {
             }
             // The link will say so.
             Err(Errno::PIPE) => Err(Pause::Waits),
-            // The guest's memory is gone: so is the frame, and whoever took the memory hears of it.
-            Err(Errno::FAULT) => {
-                io.give_up(Reason::Host.place());
-                Ok(())
-            }
             Err(errno) => {
-                // A link that has just fallen says so itself.
-                if self.shared.link().is_up() {
-                    io.report(HostFault { what: "receiving a frame", offset: 0, errno });
-                }
+                self.fail(errno, io);
                 Err(Pause::Waits)
             }
+        }
+    }
+
+    /// The back end has failed to give a frame. A link that has just fallen says so itself.
+    fn fail(&mut self, errno: Errno, io: &mut QueueIo<'_>) {
+        self.failures = self.failures.saturating_add(1);
+        if !self.shared.link().is_up() {
+            return;
+        }
+        io.report(HostFault { what: "receiving a frame", offset: 0, errno });
+        // It may concern one frame, which is lost then (EINVAL: a kind of segments that its header has no word for;
+        // EFAULT: the guest's memory is gone). What fails again and again does not get better by asking, and where the
+        // interface or the connection is over the link says so.
+        let is_over = matches!(errno, Errno::BADFD | Errno::PROTO);
+        let is_one_frame_s = !is_over && self.failures <= FAILURES_MAX;
+        if let (true, Some(channel)) = (is_one_frame_s, self.source.channel()) {
+            io.give_up(Reason::Host.place());
+            io.await_channel(channel, Readiness::Readable);
         }
     }
 

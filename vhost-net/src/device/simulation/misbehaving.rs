@@ -5,14 +5,16 @@ use std::sync::Arc;
 use common::engine::ChannelIndex;
 use common::simulation::{Driver, Guest, Layout, Random, Stage};
 use common::worker::WorkerEvent;
+use rustix::io::Errno;
 
 use super::frame::Inbound;
 use super::mode::Mode;
+use crate::config::VIRTIO_NET_F_CTRL_VQ;
 use crate::device::NetDevice;
 use crate::drops::DROPS;
 
 /// More turns than any of this takes.
-const TURNS_MAX: u32 = 100;
+const TURNS_MAX: u32 = 3000;
 /// Where buffers are, behind the ring.
 const BUFFERS: u64 = 0x1_0000;
 const MEMORY_BYTES: u64 = 0x10_0000;
@@ -158,4 +160,44 @@ fn no_frame_of_a_port_of_a_vlan_brings_a_tag_along() {
         let sent = bench.stage.kernel().take_sent(ChannelIndex(1));
         assert_eq!((sent.len(), &sent[0][24..30]), (1, &[0x81, 0, 0, 7, 8, 0][..]));
     }
+}
+
+#[test]
+fn frame_that_the_host_cannot_give_is_no_end_of_frames() {
+    let mut bench = Bench::new(Mode::plain(), 0, 16);
+    bench.give(&[], 100);
+    bench.publish();
+    assert!(bench.rest().is_empty());
+    bench.stage.kernel().set_fault(ChannelIndex(0), Some(Errno::INVAL));
+    while bench.dropped("host") == 0 {
+        assert!(bench.stage.turn(), "it has not failed");
+    }
+    bench.stage.kernel().set_fault(ChannelIndex(0), None);
+    bench.deliver(&plain_frame(1, 60));
+    bench.rest();
+    assert_eq!(bench.driver.take_used().len(), 1);
+    // Who fails for good is not asked for ever.
+    bench.give(&[], 100);
+    bench.publish();
+    bench.stage.kernel().set_fault(ChannelIndex(0), Some(Errno::INVAL));
+    let told = bench.rest();
+    assert!(told.iter().all(|event| matches!(event, WorkerEvent::HostFault { .. })), "{told:?}");
+}
+
+#[test]
+fn turn_has_one_command() {
+    let mut mode = Mode::plain();
+    mode.features |= VIRTIO_NET_F_CTRL_VQ;
+    let mut bench = Bench::new(mode, 2, 16);
+    for _ in 0..5 {
+        bench.give(&[0, 0, 1], 1);
+    }
+    bench.publish();
+    let mut answered = 0;
+    while bench.stage.turn() {
+        let now = bench.driver.take_used().len();
+        assert!(now <= 1, "{now} commands in a turn");
+        answered += now;
+    }
+    assert_eq!(answered, 5);
 }
