@@ -121,14 +121,18 @@ impl Shared {
         let channel = ChannelIndex(pair * 2);
         match &self.backend {
             Backend::Tap(_) => Source::Tap(channel),
-            Backend::Stream(_) => {
-                let inlet = std::mem::take(&mut self.pairs().inlet);
-                Source::Stream(StreamSource::new(channel, inlet))
-            }
+            Backend::Stream(_) => self.stream_source(channel),
             Backend::Null(null) => Source::Null { flood: null.frame_bytes().map(Flood::new) },
+            #[cfg(test)]
+            Backend::Simulated(simulated) if simulated.is_stream() => self.stream_source(channel),
             #[cfg(test)]
             Backend::Simulated(_) => Source::Tap(channel),
         }
+    }
+
+    fn stream_source(&self, channel: ChannelIndex) -> Source {
+        let inlet = std::mem::take(&mut self.pairs().inlet);
+        Source::Stream(StreamSource::new(channel, inlet))
     }
 
     pub(crate) fn transmit_channel(&self, pair: u16) -> ChannelIndex {

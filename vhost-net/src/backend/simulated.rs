@@ -1,7 +1,7 @@
 //! A network that a test plays: what the queues' channels bring and take is the simulation's (`common::simulation`).
 //!
-//! Contract: it has no descriptors; frames on its channels are a tap's. The link, and whether what it
-//! is asked for succeeds, are as the test says.
+//! Contract: it has no descriptors; frames on its channels are a tap's, or bytes are a stream's. The link, and whether
+//! what it is asked for succeeds, are as the test says.
 
 use std::convert::Infallible;
 use std::future::poll_fn;
@@ -17,6 +17,7 @@ use super::link::{Link, LinkEvent};
 #[derive(Debug)]
 pub(crate) struct Simulated {
     offloads: Offloads,
+    is_stream: bool,
     link: Link,
     played: Mutex<Played>,
 }
@@ -39,7 +40,18 @@ impl Simulated {
         let told = link.state();
         let attached = vec![false; usize::from(pairs)];
         let played = Played { told, attached, applied: Offloads::default(), refusal: None };
-        Self { offloads, link, played: Mutex::new(played) }
+        Self { offloads, is_stream: false, link, played: Mutex::new(played) }
+    }
+
+    /// One of a single pair whose channels are those of a stream socket; it has a peer.
+    pub(crate) fn stream() -> Self {
+        let simulated = Self { is_stream: true, ..Self::new(1, Offloads::default()) };
+        simulated.set_link(true, true);
+        simulated
+    }
+
+    pub(crate) fn is_stream(&self) -> bool {
+        self.is_stream
     }
 
     /// The link falls or rises; `anew`: with another opening of the back end.

@@ -16,6 +16,10 @@ use crate::backend::framing::{Fault, Inbound, PREFIX_BYTES, Progress};
 use crate::backend::{Backend, Side};
 use crate::header::{FRAME_BYTES_MAX, HEADER_BYTES};
 
+/// Reads in which a frame is to be whole, or it is another turn's: a peer that sends byte after byte is not waited for.
+/// Most frames take one; after a pause there is a length to read before.
+const READS_MAX: u32 = 8;
+
 /// Where a stream has got to.
 #[derive(Default)]
 pub(crate) struct Inlet {
@@ -51,7 +55,7 @@ impl StreamSource {
         (len_bytes > 0).then_some(len_bytes)
     }
 
-    /// As [`Source::receive`](super::Source::receive). `PIPE`: the peer has gone; `PROTO`:
+    /// As [`Source::receive`](super::Source::receive), but that `AGAIN` may also mean that there is more. `PIPE`: the peer has gone; `PROTO`:
     /// what it sent is no frame, and the connection is given up.
     pub(super) fn receive(
         &mut self,
@@ -64,7 +68,7 @@ impl StreamSource {
             let generation = backend.adopt(Side::Receive)?;
             (self.inlet.generation, self.inlet.inbound) = (generation, Inbound::default());
         }
-        loop {
+        for _ in 0..READS_MAX {
             match self.advance(landing, list, io) {
                 Ok(None) => {}
                 Ok(Some(len_bytes)) => return Ok(len_bytes),
@@ -76,6 +80,7 @@ impl StreamSource {
                 }
             }
         }
+        Err(Errno::AGAIN)
     }
 
     /// One read: a frame may be whole then.

@@ -1,4 +1,5 @@
-//! A driver that does what it may not, or what none in its right mind does: the device bears it, and sleeps.
+//! A driver, or a peer, that does what it may not, or what none in its right mind does: the device bears it, and
+//! sleeps.
 
 use std::sync::Arc;
 
@@ -9,6 +10,7 @@ use rustix::io::Errno;
 
 use super::frame::Inbound;
 use super::mode::Mode;
+use crate::backend::Simulated;
 use crate::config::VIRTIO_NET_F_CTRL_VQ;
 use crate::device::NetDevice;
 use crate::drops::DROPS;
@@ -31,11 +33,15 @@ struct Bench {
 
 impl Bench {
     fn new(mode: Mode, index: u16, size: u16) -> Self {
+        Self::with(mode.device(), mode.features, index, size)
+    }
+
+    fn with(device: NetDevice, features: u64, index: u16, size: u16) -> Self {
         let guest = Arc::new(Guest::new(&[(0, MEMORY_BYTES)]));
         let layout = Layout { size, descriptors: 0, available: 0x8000, used: 0xa000 };
-        let mut driver = Driver::new(Arc::clone(&guest), layout, mode.features);
+        let mut driver = Driver::new(Arc::clone(&guest), layout, features);
         driver.start_at(0);
-        let mut stage = Stage::new(Arc::new(mode.device()), 0);
+        let mut stage = Stage::new(Arc::new(device), 0);
         stage.start(index, driver.setup(0)).expect("a ring");
         Self { stage, driver, guest, random: Random::new(0), index, at: BUFFERS }
     }
@@ -200,4 +206,33 @@ fn turn_has_one_command() {
         answered += now;
     }
     assert_eq!(answered, 5);
+}
+
+#[test]
+fn peer_that_sends_byte_after_byte_has_its_share_of_a_turn() {
+    let mode = Mode::plain();
+    let device = mode.device_on(Simulated::stream());
+    let mut bench = Bench::with(device, mode.features, 0, 16);
+    for _ in 0..2 {
+        bench.give(&[], 100);
+    }
+    bench.publish();
+    let channel = ChannelIndex(0);
+    let frames = [plain_frame(1, 60), plain_frame(2, 61)];
+    for frame in &frames {
+        for byte in [&(frame.len() as u32).to_be_bytes()[..], frame].concat() {
+            bench.stage.kernel().deliver(channel, vec![byte]);
+        }
+    }
+    let mut waiting = bench.stage.kernel().waiting(channel);
+    while bench.stage.turn() {
+        let now = bench.stage.kernel().waiting(channel);
+        assert!(waiting - now <= 16, "{} reads in a turn", waiting - now);
+        waiting = now;
+    }
+    assert_eq!(waiting, 0);
+    assert_eq!(bench.driver.take_used().len(), 2);
+    for (at, frame) in [BUFFERS, BUFFERS + 100].into_iter().zip(&frames) {
+        assert_eq!(bench.guest.read(at + 12, frame.len()), *frame);
+    }
 }

@@ -106,6 +106,10 @@ impl Mode {
     }
 
     pub(super) fn device(&self) -> NetDevice {
+        self.device_on(Simulated::new(self.pairs, OFFLOADS))
+    }
+
+    pub(super) fn device_on(&self, network: Simulated) -> NetDevice {
         let identity = Identity {
             mac: Some(Mac::new(OWN)),
             mtu: self.mtu,
@@ -118,8 +122,12 @@ impl Mode {
             capture: None,
             queue_size_max: RING_SIZE_MAX,
         };
-        let backend = Backend::Simulated(Simulated::new(self.pairs, OFFLOADS));
-        NetDevice::new(backend, State::new(identity), port, features(&self.offer()))
+        NetDevice::new(
+            Backend::Simulated(network),
+            State::new(identity),
+            port,
+            features(&self.offer()),
+        )
     }
 
     pub(super) fn has(&self, feature: u64) -> bool {
