@@ -5,8 +5,15 @@
 
 #![allow(unsafe_code)]
 
+#[cfg(target_arch = "x86_64")]
+use std::arch::asm;
 use std::fmt;
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering, compiler_fence};
+
+/// The unit in which CPUs take memory from each other.
+const CACHE_LINE_BYTES: usize = 64;
+/// Two lines: what a device looks at first, a header and what follows it, may lie across them.
+const FETCHED_BYTES: usize = 2 * CACHE_LINE_BYTES;
 
 /// Contiguous bytes of guest memory. A `&[HostBuffer]` has the layout of an array of `iovec`.
 ///
@@ -158,6 +165,14 @@ impl HostBuffer {
         field.store(value.to_le(), Ordering::Relaxed);
     }
 
+    /// Has the CPU fetch the first bytes, as many as [`FETCHED_BYTES`], to read or to write them soon.
+    #[inline]
+    pub(crate) fn fetch(&self, to_write: bool) {
+        for offset in (0..self.len().min(FETCHED_BYTES)).step_by(CACHE_LINE_BYTES) {
+            fetch_line(self.start().wrapping_add(offset), to_write);
+        }
+    }
+
     #[inline]
     fn start(&self) -> *mut u8 {
         self.0.iov_base.cast()
@@ -179,6 +194,24 @@ impl HostBuffer {
         field
     }
 }
+
+/// Has the CPU fetch the cache line with this byte, for itself alone if it is going to write there.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+fn fetch_line(at: *const u8, to_write: bool) {
+    if to_write {
+        // SAFETY: a hint: it changes nothing but the caches, and faults at no address. What does not know it, ignores it.
+        unsafe { asm!("prefetchw [{}]", in(reg) at, options(nostack, preserves_flags, readonly)) };
+    } else {
+        // SAFETY: as above.
+        unsafe { asm!("prefetcht0 [{}]", in(reg) at, options(nostack, preserves_flags, readonly)) };
+    }
+}
+
+/// Elsewhere the CPU finds out by itself.
+#[cfg(not(target_arch = "x86_64"))]
+#[inline]
+fn fetch_line(_: *const u8, _: bool) {}
 
 impl fmt::Debug for HostBuffer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -176,6 +176,24 @@ fn load(table: HostBuffer, index: u16) -> Descriptor {
     }
 }
 
+/// Has the CPU fetch the descriptor at `head`.
+#[inline]
+pub(super) fn fetch_descriptor(table: HostBuffer, head: u16) {
+    table.slice(DESCRIPTOR_BYTES * usize::from(head), DESCRIPTOR_BYTES).fetch(false);
+}
+
+/// Has the CPU fetch what the descriptor at `head` names. That it is in the guest's memory is found out again when the
+/// chain is walked.
+#[inline]
+pub(super) fn fetch_buffer(table: HostBuffer, head: u16, memory: &MemoryMap, region_hint: usize) {
+    let descriptor = load(table, head);
+    let to_write = descriptor.flags & VIRTQ_DESC_F_WRITE != 0;
+    let mut hint = region_hint;
+    let fetch = |piece: HostBuffer| piece.fetch(to_write);
+    // What is not there is not fetched.
+    let _ = memory.resolve(descriptor.address, descriptor.len_bytes, &mut hint, fetch);
+}
+
 /// Where a walk finds buffers, and what it may follow.
 pub(super) struct Walk<'a> {
     pub(super) table: HostBuffer,

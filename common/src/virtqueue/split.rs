@@ -129,6 +129,16 @@ impl SplitRing {
         Ok(Some(head))
     }
 
+    /// The head of the chain that is taken after `distance` others, if it is known to be available: a hint, since it is
+    /// read again when its time comes.
+    #[inline]
+    pub(super) fn ahead(&self, distance: u16) -> Option<u16> {
+        let known = self.seen_available.wrapping_sub(self.next_available);
+        let entry = usize::from(self.next_available.wrapping_add(distance) & (self.size - 1));
+        let head = || self.available.load_u16(RING_HEADER_BYTES + 2 * entry, Ordering::Relaxed);
+        (distance < known).then(head).filter(|head| *head < self.size)
+    }
+
     /// Puts the newest taken entry back: the next [`take`](Self::take) finds it again.
     pub(super) fn put_back(&mut self) {
         self.next_available = self.next_available.wrapping_sub(1);
