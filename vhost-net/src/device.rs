@@ -61,7 +61,7 @@ pub(crate) struct Shared {
     filter: Filter,
     port: Port,
     pairs: Mutex<Pairs>,
-    /// Pairs have been attached to the back end: their queues are to look at it.
+    /// Pairs have been attached to the back end, or may have been: their queues are to look at it.
     attached: Notify,
 }
 
@@ -208,13 +208,13 @@ impl Shared {
         let before = self.state.active_pairs();
         self.state.set_active_pairs(count);
         let attached = self.attach_queues(&self.pairs());
-        if attached.is_ok() {
-            self.attached.notify_one();
-        } else {
+        if attached.is_err() {
             self.state.set_active_pairs(before);
             // Who is told of the first refusal need not hear of a second one.
             let _ = self.attach_queues(&self.pairs());
         }
+        // In either case: a queue that was detached for a moment may have looked just then.
+        self.attached.notify_one();
         attached
     }
 

@@ -22,7 +22,7 @@ pub(crate) enum Reason {
     LinkDown,
     /// The host did not take it, or its memory is gone.
     Host,
-    /// It was held back when its ring stopped.
+    /// It was held back when its ring stopped, or its pair fell out of use.
     Stopped,
 }
 

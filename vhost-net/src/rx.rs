@@ -164,7 +164,7 @@ impl Receiver {
 
     /// Receives a frame and delivers it, or drops it.
     fn receive_one(&mut self, io: &mut QueueIo<'_>) -> Result<(), Pause> {
-        if !self.shared.link().is_up() || self.pair >= self.shared.state().active_pairs() {
+        if !self.shared.link().is_up() || !self.is_used() {
             return Err(Pause::Waits);
         }
         let body_at = self.body_at();
@@ -219,6 +219,11 @@ impl Receiver {
             io.give_up(Reason::Host.place());
             io.await_channel(channel, Readiness::Readable);
         }
+    }
+
+    /// Whether the driver receives on this pair.
+    fn is_used(&self) -> bool {
+        self.pair < self.shared.state().active_pairs()
     }
 
     /// Whether frames may come that are none of the guest's business: those of other VLANs. A driver could find them in
@@ -330,6 +335,10 @@ impl Receiver {
 
     /// Delivers the frame that is held, or holds it further.
     fn deliver_held(&mut self, held: Held, io: &mut QueueIo<'_>) -> Result<(), Pause> {
+        if !self.is_used() {
+            io.give_up(Reason::Stopped.place());
+            return Ok(());
+        }
         let Held { frame, admitted } = held;
         let admitted =
             admitted || io.admit(rate_limit::Direction::ToDriver, frame.len_bytes() as u64);

@@ -1,7 +1,9 @@
 //! A driver, or a peer, that does what it may not, or what none in its right mind does: the device bears it, and
 //! sleeps.
 
+use std::pin::pin;
 use std::sync::Arc;
+use std::task::{Context, Waker};
 
 use common::engine::ChannelIndex;
 use common::simulation::{Driver, Guest, Layout, Random, Stage};
@@ -10,9 +12,10 @@ use rustix::io::Errno;
 
 use super::frame::Inbound;
 use super::mode::Mode;
-use crate::backend::Simulated;
-use crate::config::VIRTIO_NET_F_CTRL_VQ;
-use crate::device::NetDevice;
+use crate::backend::{Backend, Simulated};
+use crate::command::Command;
+use crate::config::{VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_MQ};
+use crate::device::{NetDevice, Shared};
 use crate::drops::DROPS;
 
 /// More turns than any of this takes.
@@ -235,4 +238,38 @@ fn peer_that_sends_byte_after_byte_has_its_share_of_a_turn() {
     for (at, frame) in [BUFFERS, BUFFERS + 100].into_iter().zip(&frames) {
         assert_eq!(bench.guest.read(at + 12, frame.len()), *frame);
     }
+}
+
+/// The receive ring of the second of two pairs that are in use, and what queues share.
+fn second_pair() -> (Bench, Arc<Shared>) {
+    let mut mode = Mode::plain();
+    mode.pairs = 2;
+    mode.features |= VIRTIO_NET_F_MQ;
+    let device = mode.device();
+    let shared = Arc::clone(&device.shared);
+    (Bench::with(device, mode.features, 2, 16), shared)
+}
+
+#[test]
+fn frame_that_waits_is_not_for_a_pair_that_is_used_no_more() {
+    let (mut bench, shared) = second_pair();
+    bench.give(&[], 20);
+    bench.publish();
+    bench.deliver(&plain_frame(1, 1000));
+    bench.rest();
+    shared.obey(&Command::QueuePairs(1)).unwrap();
+    bench.give(&[], 1500);
+    bench.publish();
+    bench.rest();
+    assert_eq!((bench.driver.take_used().len(), bench.dropped("stopped")), (0, 1));
+}
+
+#[test]
+fn pairs_that_stay_in_use_look_for_what_they_missed_meanwhile() {
+    let (_bench, shared) = second_pair();
+    let Backend::Simulated(network) = shared.backend() else { unreachable!("it is simulated") };
+    network.refuse(Some(Errno::NOMEM));
+    assert_eq!(shared.obey(&Command::QueuePairs(1)), Err(Errno::NOMEM));
+    let looks = pin!(shared.attached.notified());
+    assert!(looks.poll(&mut Context::from_waker(Waker::noop())).is_ready());
 }

@@ -125,6 +125,12 @@ impl Receiving {
         let given = self.ring.given.clone();
         let mut used: VecDeque<(Given, usize)> = self.ring.take_used().into();
         let mut dropped = Vec::new();
+        let pair = self.ring.index / 2;
+        let is_used = states.iter().any(|state| pair < state.pairs);
+        assert!(
+            is_used || used.is_empty(),
+            "pair {pair} gets frames, which the driver does not use"
+        );
         let mut room = &given[..];
         while let Some((first, _)) = used.front() {
             let header = first.bytes(mode.header_bytes().min(first.len_bytes()), guest);
@@ -154,7 +160,7 @@ impl Receiving {
         let missing = (count as usize).saturating_sub(dropped.len());
         for candidate in taken.drain(..missing.min(taken.len())) {
             let mut reasons = candidate.why_dropped(room, is_full, mode);
-            if !self.ring.is_running {
+            if !self.ring.is_running || states.iter().any(|state| pair >= state.pairs) {
                 reasons.push("stopped");
             }
             dropped.push(reasons);
