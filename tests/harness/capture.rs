@@ -6,6 +6,7 @@
 //! segmentation to the interface, they are unfinished and large. `ethtool --offload` makes a veth's frames those of a wire.
 
 use std::io::{BufRead, BufReader, Read};
+use std::path::Path;
 use std::process::{Child, ChildStdout, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread::{self, JoinHandle};
@@ -13,7 +14,7 @@ use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::{Frame, Namespace};
+use crate::{Frame, Namespace, Rig};
 
 /// Time in which tcpdump has long started or answered, even on a machine busy with emulated guests.
 const ANSWER_LIMIT: Duration = Duration::from_secs(30);
@@ -101,6 +102,25 @@ impl Capture {
         let frames = self.frames.take().expect("it is taken once").join();
         let frames = frames.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
         assert!(frames.len() >= captured, "{captured} captured, {} written", frames.len());
+        frames
+    }
+
+    /// The frames in a file that tcpdump can read, in their order.
+    ///
+    /// # Panics
+    /// If it cannot.
+    pub fn read(rig: &Rig, file: &Path) -> Vec<Frame> {
+        let mut tcpdump = rig
+            .tool("tcpdump")
+            .args(["--time-stamp-precision=nano", "-Z", "root", "-w", "-", "-r"])
+            .arg(file)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("the rig has tcpdump");
+        let frames = read_frames(tcpdump.stdout.take().expect("it was piped"));
+        let status = tcpdump.wait().expect("our own child can be waited for");
+        assert!(status.success(), "tcpdump cannot read {}: {status}", file.display());
         frames
     }
 

@@ -3,6 +3,7 @@
 //! It answers for a router at [`Passt::ROUTER`], hands out [`Passt::ADDRESS`] by DHCP, and turns what is sent to the router into
 //! connections to the loopback of its namespace: servers there are reached so.
 
+use std::fs;
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -19,7 +20,8 @@ const LISTENING: &str = "You can now start qemu";
 /// A running passt. It serves one connection at a time.
 #[derive(Debug)]
 pub struct Passt {
-    _process: Machine,
+    /// Held: it ends with this.
+    process: Machine,
     directory: TempDir,
 }
 
@@ -38,23 +40,48 @@ impl Passt {
         namespace.add_veth("passt0", namespace, "passt1");
         namespace.add_address("passt0", "192.0.2.1/24");
         namespace.ip("route add default via 192.0.2.2");
+        // Pings it forwards as they are, and only where the kernel lets it.
+        namespace.add_address("lo", &format!("{}/32", Self::ROUTER));
+        let groups = "/proc/sys/net/ipv4/ping_group_range";
+        namespace.run(|| fs::write(groups, "0 0")).expect("root may write it");
         let directory = temp_dir();
-        let mut command = namespace.tool("passt");
-        command
-            // As nobody, which it would become, it could make no socket here.
-            .args(["--foreground", "--runas", "0", "--ipv4-only", "--netmask", "24"])
-            .args(["--address", &Self::ADDRESS.to_string(), "--gateway", &Self::ROUTER.to_string()])
-            .arg("--socket")
-            .arg(directory.path().join("socket"));
-        let mut process = Machine::start(command, LIMIT);
-        process.wait_for(LISTENING);
-        Self { _process: process, directory }
+        Self { process: start(namespace, directory.path()), directory }
+    }
+
+    /// Has it die and another one serve in its place. `meanwhile` there is none.
+    ///
+    /// # Panics
+    /// As [`Passt::serve`] does.
+    #[must_use]
+    pub fn restart(self, namespace: &Namespace, meanwhile: impl FnOnce()) -> Self {
+        let Self { process, directory } = self;
+        // SIGKILL: its socket stays.
+        drop(process);
+        meanwhile();
+        Self { process: start(namespace, directory.path()), directory }
     }
 
     /// Where it listens.
     pub fn socket(&self) -> PathBuf {
-        Path::new(self.directory.path()).join("socket")
+        socket(self.directory.path())
     }
+}
+
+fn socket(directory: &Path) -> PathBuf {
+    directory.join("socket")
+}
+
+fn start(namespace: &Namespace, directory: &Path) -> Machine {
+    let mut command = namespace.tool("passt");
+    command
+        // As nobody, which it would become, it could make no socket here.
+        .args(["--foreground", "--runas", "0", "--ipv4-only", "--netmask", "24"])
+        .args(["--address", &Passt::ADDRESS.to_string(), "--gateway", &Passt::ROUTER.to_string()])
+        .arg("--socket")
+        .arg(socket(directory));
+    let mut process = Machine::start(command, LIMIT);
+    process.wait_for(LISTENING);
+    process
 }
 
 #[cfg(test)]

@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use crate::throughput::Throughput;
+
 /// What every announcement begins with; nothing else in a guest prints it.
 const MARK: &str = "OUTBOARD-ANNOUNCES:";
 /// What ends one: a number whose last digits died with the machine is none.
@@ -21,6 +23,12 @@ pub enum Announcement {
     SizeBytes(u64),
     /// A run of requests has been measured.
     Measured(Measurement),
+    /// What the host has asked for is done.
+    Done,
+    /// What the host has asked for is this number.
+    Found(u64),
+    /// The load that the host has asked for has moved so much.
+    Moved(Throughput),
 }
 
 /// What a run of requests came to.
@@ -53,6 +61,11 @@ impl Announcement {
                     Measurement { requests, time_us, least_in_window, most_in_window };
                 Some(Self::Measured(measurement))
             }
+            ("done", [], "") => Some(Self::Done),
+            ("found", [number], "") => Some(Self::Found(*number)),
+            ("moved", &[sent_bytes, received_bytes, bits_per_second], "") => {
+                Some(Self::Moved(Throughput { sent_bytes, received_bytes, bits_per_second }))
+            }
             _ => None,
         }
     }
@@ -69,6 +82,11 @@ impl fmt::Display for Announcement {
                 found.requests, found.time_us, found.least_in_window, found.most_in_window
             ),
             Self::SizeBytes(size) => write!(f, "{MARK} size_bytes {size} {END}"),
+            Self::Done => write!(f, "{MARK} done {END}"),
+            Self::Found(number) => write!(f, "{MARK} found {number} {END}"),
+            Self::Moved(Throughput { sent_bytes, received_bytes, bits_per_second }) => {
+                write!(f, "{MARK} moved {sent_bytes} {received_bytes} {bits_per_second} {END}")
+            }
         }
     }
 }
@@ -76,6 +94,7 @@ impl fmt::Display for Announcement {
 #[cfg(test)]
 mod tests {
     use super::{Announcement, Measurement};
+    use crate::throughput::Throughput;
 
     #[test]
     fn an_announcement_survives_its_own_line() {
@@ -86,6 +105,13 @@ mod tests {
             Announcement::Durable(17),
             Announcement::SizeBytes(1 << 30),
             Announcement::Measured(measurement),
+            Announcement::Done,
+            Announcement::Found(1),
+            Announcement::Moved(Throughput {
+                sent_bytes: 1,
+                received_bytes: 2,
+                bits_per_second: 3,
+            }),
         ] {
             assert_eq!(Announcement::parse(&announcement.to_string()), Some(announcement));
         }

@@ -1,6 +1,7 @@
 //! The checks, one a file. Each returns what it found, for the host to compare, or why it failed.
 
 mod cache;
+mod dialogue;
 mod direct;
 mod discard;
 mod file_system;
@@ -36,6 +37,7 @@ pub(crate) fn run(parameters: &Parameters) -> Result<String, Failure> {
         "zeroes" => zeroes::run(parameters),
         "load" => load::run(parameters),
         "network" => network::run(parameters),
+        "dialogue" => dialogue::run(parameters),
         "restart" => restart::run(parameters),
         "grow" => grow::run(parameters),
         "rate" => rate::run(parameters),

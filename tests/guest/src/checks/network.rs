@@ -18,12 +18,12 @@ use guest::throughput::Throughput;
 use super::{Failure, run_program};
 use crate::parameters::Parameters;
 
-const BUSYBOX: &str = "/bin/busybox";
+pub(super) const BUSYBOX: &str = "/bin/busybox";
 /// Pings of each size, and how long each may take: an emulator on a busy machine is slow.
 const PING_COUNT: u32 = 3;
 const PING_SECONDS: u32 = 10;
 /// The echo service's port (RFC 862).
-const ECHO_PORT: u16 = 7;
+pub(super) const ECHO_PORT: u16 = 7;
 /// How much of what comes back is compared at a time.
 const CHUNK_BYTES: usize = 64 << 10;
 
@@ -42,9 +42,10 @@ pub(super) fn run(parameters: &Parameters) -> Result<String, Failure> {
         write!(found, " echoed={len_bytes}")?;
     }
     if let Some(seconds) = parameters.load_seconds {
-        let streams = parameters.streams.unwrap_or(1);
-        for (direction, option) in [("out", None), ("in", Some("--reverse"))] {
-            write!(found, " {direction}={}", load(peer, seconds, streams, option)?)?;
+        let (seconds, streams) = (seconds.to_string(), parameters.streams.unwrap_or(1).to_string());
+        let options = ["--time", &seconds, "--parallel", &streams, "--reverse"];
+        for (direction, options) in [("out", &options[..4]), ("in", &options)] {
+            write!(found, " {direction}={}", load(peer, options)?)?;
         }
     }
     Ok(found)
@@ -63,30 +64,31 @@ fn queues(parameters: &Parameters) -> Result<usize, Failure> {
     }
 }
 
-fn configure(parameters: &Parameters) -> Result<(), Failure> {
+pub(super) fn configure(parameters: &Parameters) -> Result<(), Failure> {
     let interface = &*parameters.interface;
     if let Some(mtu) = parameters.mtu {
         ip(&["link", "set", interface, "mtu", &mtu.to_string()])?;
     }
     ip(&["link", "set", "lo", "up"])?;
+    let has_ipv6 = parameters.addresses.iter().any(|address| address.contains(':'));
+    // Without an address IPv6 would talk of its own accord. With one, nobody is asked whether it is taken: it would be of no use
+    // meanwhile.
+    let (switch, value) = if has_ipv6 { ("accept_dad", "0") } else { ("disable_ipv6", "1") };
+    let switch = format!("/proc/sys/net/ipv6/conf/{interface}/{switch}");
+    fs::write(&switch, value).map_err(|error| format!("cannot write {switch}: {error}"))?;
     ip(&["link", "set", interface, "up"])?;
     for address in &parameters.addresses {
-        if address.contains(':') {
-            // Nobody is asked whether the address is taken: it would be of no use meanwhile.
-            let switch = format!("/proc/sys/net/ipv6/conf/{interface}/accept_dad");
-            fs::write(&switch, "0").map_err(|error| format!("cannot write {switch}: {error}"))?;
-        }
         ip(&["address", "add", address, "dev", interface])?;
     }
     Ok(())
 }
 
-fn ip(words: &[&str]) -> Result<(), Failure> {
+pub(super) fn ip(words: &[&str]) -> Result<(), Failure> {
     run_program(Command::new(BUSYBOX).arg("ip").args(words))
 }
 
 /// Fails unless every ping with so many bytes of data is answered.
-fn ping(peer: IpAddr, len_bytes: u32) -> Result<(), Failure> {
+pub(super) fn ping(peer: IpAddr, len_bytes: u32) -> Result<(), Failure> {
     let output = Command::new(BUSYBOX)
         .arg(if peer.is_ipv6() { "ping6" } else { "ping" })
         .args(["-c", &PING_COUNT.to_string(), "-i", "0.1", "-W", &PING_SECONDS.to_string()])
@@ -102,7 +104,7 @@ fn ping(peer: IpAddr, len_bytes: u32) -> Result<(), Failure> {
 }
 
 /// Sends the pattern of `seed` to the peer, whose echo service sends it back, and compares.
-fn echo(peer: IpAddr, seed: u64, len_bytes: u64) -> Result<(), Failure> {
+pub(super) fn echo(peer: IpAddr, seed: u64, len_bytes: u64) -> Result<(), Failure> {
     let mut stream = TcpStream::connect((peer, ECHO_PORT))?;
     let mut sender = stream.try_clone()?;
     let sending = thread::spawn(move || {
@@ -129,16 +131,10 @@ fn echo(peer: IpAddr, seed: u64, len_bytes: u64) -> Result<(), Failure> {
 }
 
 /// Runs iperf3 to its server at the peer: `--reverse` has the peer send.
-fn load(
-    peer: IpAddr,
-    seconds: u64,
-    streams: u32,
-    option: Option<&str>,
-) -> Result<Throughput, Failure> {
+pub(super) fn load(peer: IpAddr, options: &[&str]) -> Result<Throughput, Failure> {
     let output = Command::new("/usr/bin/iperf3")
         .args(["--json", "--client", &peer.to_string()])
-        .args(["--time", &seconds.to_string(), "--parallel", &streams.to_string()])
-        .args(option)
+        .args(options)
         .output()?;
     let error = String::from_utf8_lossy(&output.stderr);
     Throughput::from_iperf(&String::from_utf8_lossy(&output.stdout))
@@ -157,7 +153,7 @@ fn expect(interface: &str, name: &str, wanted: Option<&str>) -> Result<(), Failu
 }
 
 /// An attribute that the kernel shows for the interface in sysfs, without its line end.
-fn attribute(interface: &str, name: &str) -> Result<String, Failure> {
+pub(super) fn attribute(interface: &str, name: &str) -> Result<String, Failure> {
     let path = format!("/sys/class/net/{interface}/{name}");
     let value =
         fs::read_to_string(&path).map_err(|error| format!("cannot read {path}: {error}"))?;
