@@ -16,6 +16,8 @@
 use std::convert::Infallible;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use common::daemon::listener;
 use nix::libc;
@@ -37,6 +39,12 @@ const FLAGS: i32 = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
 
 /// The length of the header until a driver has said which it wants. VIRTIO 1.3, 5.1.6.1: with num_buffers.
 const HEADER_BYTES: usize = 12;
+
+/// How long a tap may be in use before it is somebody else's. A daemon that was killed has it for a moment longer than it lives:
+/// what an io_uring instance held the kernel lets go of in the background.
+const BUSY_LIMIT: Duration = Duration::from_secs(1);
+/// Pause before a tap that is in use is tried again.
+const BUSY_PAUSE: Duration = Duration::from_millis(10);
 
 /// A tap or macvtap interface that is open.
 #[derive(Debug)]
@@ -86,8 +94,18 @@ impl Source {
 }
 
 impl Tap {
-    /// Opens the tap, or makes it where there is none.
+    /// Opens the tap, or makes it where there is none. One that is in use is waited for, if not for long.
     pub(super) fn open(name: &InterfaceName, settings: Settings) -> Result<Self, OpenError> {
+        let deadline = Instant::now() + BUSY_LIMIT;
+        loop {
+            match Self::open_now(name, settings.clone()) {
+                Err(OpenError::Busy { .. }) if Instant::now() < deadline => sleep(BUSY_PAUSE),
+                opened => return opened,
+            }
+        }
+    }
+
+    fn open_now(name: &InterfaceName, settings: Settings) -> Result<Self, OpenError> {
         let (netlink, notices) = netlink()?;
         let before = find(&netlink, name.as_str())?;
         let flags = flags(name.as_str(), before.as_ref(), settings.pairs)?;
