@@ -1,7 +1,13 @@
 //! A guest's network, end to end: pings, data that is compared, load both ways, and what went over the interface meanwhile.
 //!
-//! The back end at hand is somebody else's, DPDK's testpmd, which moves frames between the guest and a tap. So what tests of
-//! ours stand on is shown to work without it: machines with a network device, the guest's check, namespaces, captures.
+//! What these tests stand on is shown to work without our daemon, too: DPDK's testpmd is a back end that moves frames between
+//! a guest and a tap.
+
+mod dialogue;
+mod port;
+mod qemu;
+mod rates;
+mod uml;
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -24,6 +30,8 @@ const LISTENING: &str = "binding succeeded";
 /// A capture does not keep up with iperf3, whose port this is.
 const NOT_THE_LOAD: &str = "not port 5201";
 const ECHO_BYTES: u64 = 8 << 20;
+/// How much data pings have: from hardly any, over a full frame and one byte more, to nearly the longest packet.
+pub(crate) const PINGS: [u32; 6] = [1, 56, 1472, 1473, 9000, 65_000];
 
 /// Has a guest talk with a namespace by all means that the check "network" has, over this interface of the namespace. `pass`
 /// boots it with these words for the check, and returns what it found. What comes back went over the interface, but for the
@@ -40,10 +48,12 @@ pub(crate) fn expect_traffic(
     let _iperf = Iperf::serve(namespace);
     let capture = Capture::start(namespace, interface, NOT_THE_LOAD);
     let echo = format!("echo_bytes={ECHO_BYTES}");
+    let pings = PINGS.map(|len_bytes| len_bytes.to_string()).join(",");
+    let pings = format!("ping_bytes={pings}");
     let details = pass(&[
         "address=10.0.0.2/24,fd00::2/64",
         "peer=10.0.0.1",
-        "ping_bytes=56,1472",
+        &pings,
         "seed=1",
         &echo,
         "load_seconds=1",
@@ -61,6 +71,21 @@ pub(crate) fn expect_traffic(
     let carried: u64 = frames.iter().map(payload).sum();
     assert!(carried >= 2 * ECHO_BYTES, "{carried} bytes went over {interface}");
     frames
+}
+
+/// Fails if a frame is not as it would be on a cable: of the standard MTU at most, with its checksums.
+pub(crate) fn expect_finished(frames: &[Frame]) {
+    for frame in frames {
+        let packet = frame.packet().unwrap_or_else(|error| panic!("{error}: {frame:?}"));
+        assert!(!packet.has_bad_checksum(), "{packet:?}");
+        assert!(frame.bytes().len() <= FRAME_BYTES_MAX, "{} bytes", frame.bytes().len());
+    }
+}
+
+/// Has interfaces that are made from now on be silent but for what a test sends: IPv6 would talk of its own accord.
+fn without_ipv6(namespace: &Namespace) {
+    let path = "/proc/sys/net/ipv6/conf/default/disable_ipv6";
+    namespace.run(|| std::fs::write(path, "1")).expect("root may write it");
 }
 
 /// DPDK's testpmd, between a front end and [`TAP`] of a namespace.

@@ -1,13 +1,14 @@
 //! Whole PCs with an unmodified distribution kernel, emulated by QEMU: firmware, boot loader, several processors and queues,
 //! and a front end that resets, restarts and dies.
 
-mod emulator;
+pub(crate) mod emulator;
 
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use guest::pattern;
+use serde_json::json;
 use tests::{
     Daemon, DaemonCommand, DiskImage, Machine, Namespace, TempDir, temp_dir,
     temp_dir_with_direct_io,
@@ -16,7 +17,7 @@ use tests::{
 use self::emulator::{Device, Emulator, Network, OnRestart, QUEUE_COUNT};
 use crate::growth::{self, News};
 use crate::limits;
-use crate::network::{self, FRAME_BYTES_MAX, TAP, Testpmd};
+use crate::network::{self, TAP, Testpmd};
 use crate::statistics::Statistics;
 use crate::sudden_death::{FileSystem, Scene};
 
@@ -106,7 +107,7 @@ impl Bench {
 }
 
 /// Waits for the check to pass and for the emulator to end.
-fn finish(mut machine: Machine) -> String {
+pub(crate) fn finish(mut machine: Machine) -> String {
     let details = machine.expect_pass();
     let status = machine.wait();
     assert!(status.success(), "the emulator ended with {status}");
@@ -163,7 +164,7 @@ fn reset_amid_requests_leaves_a_working_disk() {
     let disk = Device::Block(bench.daemon.socket());
     let mut machine = bench.emulator.boot(&[disk], "check=load", OnRestart::Again);
     machine.wait_for(LOAD_RUNS);
-    bench.emulator.reset();
+    bench.emulator.command(&json!({ "execute": "system_reset" }));
     // The load of the machine after the reset, since the one before it has said so already.
     machine.wait_for(LOAD_STARTS);
     finish(machine);
@@ -282,11 +283,7 @@ fn traffic_passes_the_network_device_of_another() {
         let words = format!("check=network mac=52:54:00:12:34:56 {}", words.join(" "));
         finish(emulator.boot(&[Device::Network(device)], &words, OnRestart::End))
     });
-    for frame in &frames {
-        let packet = frame.packet().unwrap_or_else(|error| panic!("{error}: {frame:?}"));
-        assert!(!packet.has_bad_checksum(), "{packet:?}");
-        assert!(frame.bytes().len() <= FRAME_BYTES_MAX, "{} bytes", frame.bytes().len());
-    }
+    network::expect_finished(&frames);
 }
 
 #[test]

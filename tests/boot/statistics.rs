@@ -26,9 +26,29 @@ impl Statistics {
         queues(&self.0).iter().map(|queue| all_kinds(queue, counter)).collect()
     }
 
-    /// How many requests of one kind have been completed.
+    /// How many requests of one kind have been completed, or frames moved.
     pub(crate) fn requests(&self, kind: &str) -> u64 {
-        queues(&self.0).iter().map(|queue| count(&queue["kinds"][kind]["requests"])).sum()
+        self.kind(kind, "requests").iter().sum()
+    }
+
+    /// How many bytes requests of one kind had.
+    pub(crate) fn bytes(&self, kind: &str) -> u64 {
+        self.kind(kind, "bytes").iter().sum()
+    }
+
+    /// One of the counters of one kind of requests: a number for each queue.
+    pub(crate) fn kind(&self, kind: &str, counter: &str) -> Vec<u64> {
+        queues(&self.0).iter().map(|queue| count(&queue["kinds"][kind][counter])).collect()
+    }
+
+    /// One of the counters that are not of requests, over all queues.
+    pub(crate) fn all_queues(&self, counter: &str) -> u64 {
+        queues(&self.0).iter().map(|queue| count(&queue[counter])).sum()
+    }
+
+    /// How many frames were dropped for this reason.
+    pub(crate) fn drops(&self, reason: &str) -> u64 {
+        queues(&self.0).iter().map(|queue| count(&queue["drops"][reason])).sum()
     }
 }
 

@@ -174,15 +174,14 @@ impl Emulator {
         assert!(output.status.success(), "boot-disk: {}", String::from_utf8_lossy(&output.stderr));
     }
 
-    /// Resets the running machine as its reset button would.
-    pub(crate) fn reset(&self) {
+    /// Has the emulator carry out a command of its monitor's: `system_reset` is the machine's reset button.
+    pub(crate) fn command(&self, command: &Value) {
         let monitor = UnixStream::connect(self.monitor())
             .expect("the emulator listens on its monitor's socket");
         monitor.set_read_timeout(Some(MONITOR_LIMIT)).expect("a socket takes a time limit");
         let mut replies = BufReader::new(&monitor).lines();
-        for command in ["qmp_capabilities", "system_reset"] {
-            writeln!(&monitor, "{}", json!({ "execute": command }))
-                .expect("the monitor reads its commands");
+        for command in [&json!({ "execute": "qmp_capabilities" }), command] {
+            writeln!(&monitor, "{command}").expect("the monitor reads its commands");
             loop {
                 let line = replies
                     .next()
