@@ -186,14 +186,10 @@ impl Transmitter {
     /// Looks at the beginning of a chain, and writes what is sent in its place to `head`.
     fn examine(&mut self, chain: Buffers<'_>) -> Result<Frame, Reason> {
         let mut bytes = [0; HEAD_BYTES];
-        let (header, ethernet) = bytes.split_at_mut(self.header_bytes);
-        if chain.read(header) < self.header_bytes {
-            return Err(Malformed::NoHeader.into());
-        }
-        let frame = chain.slice(self.header_bytes, usize::MAX);
-        let frame_bytes = frame.len_bytes();
-        let ethernet = &mut ethernet[..ETHERNET_BYTES + VLAN_TAG_BYTES];
-        let read = frame.read(ethernet);
+        let read = chain.read(&mut bytes);
+        let (header, ethernet) =
+            bytes[..read].split_at_checked(self.header_bytes).ok_or(Malformed::NoHeader)?;
+        let frame_bytes = chain.len_bytes() - self.header_bytes;
         let header = if self.header_bytes == HEADER_BYTES {
             header.first_chunk().copied().ok_or(Malformed::NoHeader)?
         } else {
@@ -201,7 +197,7 @@ impl Transmitter {
             widened(*legacy.ok_or(Malformed::NoHeader)?)
         };
         let header = Header::from_driver(header, frame_bytes, self.features)?;
-        let head = Head::parse(&ethernet[..read])?;
+        let head = Head::parse(ethernet)?;
         if !self.shared.may_send_from(head.source) {
             return Err(Reason::Spoofed);
         }

@@ -77,25 +77,31 @@ impl HostBuffer {
     #[inline]
     pub fn read(&self, offset: usize, into: &mut [u8]) -> usize {
         let from = self.slice(offset, into.len());
+        if from.len() < into.len() {
+            return self.read(offset, &mut into[..from.len()]);
+        }
         // SAFETY: `from` lies within this buffer, which is mapped by the module's contract, and is as long as it says;
-        // `into` is ours, at least as long, and no reference to guest memory exists that it could overlap with. The
+        // `into` is ours, as long, and no reference to guest memory exists that it could overlap with. The
         // guest may write meanwhile: no reference is made to its bytes, any mixture of old and new ones is a valid
         // `u8`, and the fence below keeps the compiler from reading them once more in place of the copy.
         unsafe {
-            std::ptr::copy_nonoverlapping(from.start().cast_const(), into.as_mut_ptr(), from.len())
+            std::ptr::copy_nonoverlapping(from.start().cast_const(), into.as_mut_ptr(), into.len())
         };
         compiler_fence(Ordering::SeqCst);
-        from.len()
+        into.len()
     }
 
     /// Copies `from` to the bytes from `offset` on, as far as there are any, and returns how many were copied.
     #[inline]
     pub fn write(&self, offset: usize, from: &[u8]) -> usize {
         let into = self.slice(offset, from.len());
+        if into.len() < from.len() {
+            return self.write(offset, &from[..into.len()]);
+        }
         // SAFETY: as in `read`, with the directions exchanged; the region is mapped writable.
-        unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), into.start(), into.len()) };
+        unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), into.start(), from.len()) };
         compiler_fence(Ordering::SeqCst);
-        into.len()
+        from.len()
     }
 
     /// Copies the bytes of `from` to the first bytes of this buffer, as far as there is room, and returns how many

@@ -115,7 +115,23 @@ impl<'a> Buffers<'a> {
     }
 
     /// Copies bytes out; how many there were.
+    #[inline]
     pub fn read(self, into: &mut [u8]) -> usize {
+        match self.first(into.len()) {
+            Some(first) => first.read(0, into),
+            None => self.read_pieces(into),
+        }
+    }
+
+    /// The first bytes, where they are in one buffer: then a copy has the length that its caller gave it, which the
+    /// compiler may know.
+    #[inline]
+    fn first(self, len: usize) -> Option<HostBuffer> {
+        let first = self.buffers.first()?.slice(self.skip, self.len_bytes.min(len));
+        (first.len() == len).then_some(first)
+    }
+
+    fn read_pieces(self, into: &mut [u8]) -> usize {
         let mut done = 0;
         for buffer in self.iter() {
             let Some(rest) = into.get_mut(done..).filter(|rest| !rest.is_empty()) else { break };
@@ -140,7 +156,15 @@ impl<'a> Buffers<'a> {
     }
 
     /// Copies bytes in; how many found room.
+    #[inline]
     pub fn write(self, from: &[u8]) -> usize {
+        match self.first(from.len()) {
+            Some(first) => first.write(0, from),
+            None => self.write_pieces(from),
+        }
+    }
+
+    fn write_pieces(self, from: &[u8]) -> usize {
         let mut done = 0;
         for buffer in self.iter() {
             let Some(rest) = from.get(done..).filter(|rest| !rest.is_empty()) else { break };
