@@ -7,6 +7,7 @@ mod dialogue;
 mod port;
 mod qemu;
 mod rates;
+mod testpmd;
 mod uml;
 
 use std::path::PathBuf;
