@@ -9,6 +9,7 @@ help:
 	@echo 'make test       everything that a change must pass'
 	@echo 'make fuzz       fuzz each target for 20 s (TIME=seconds, TARGET=one of them)'
 	@echo 'make bench      measure against other back ends (OPTIONS=what tests/bench/run --help lists)'
+	@echo 'make bench-net  the same for networks, as root (OPTIONS=what tests/bench/run net --help lists)'
 	@echo 'make rig        fetch what guests are made of (the others do this by themselves)'
 
 .PHONY: run
@@ -32,6 +33,10 @@ fuzz:
 .PHONY: bench
 bench: rig
 	@tests/bench/run $(OPTIONS)
+
+.PHONY: bench-net
+bench-net: rig guest
+	@tests/bench/run net $(OPTIONS)
 
 .PHONY: rig
 rig:
