@@ -8,8 +8,6 @@
 // tidy(parsers): sums here are of 16-bit indexes and lengths of buffers that were resolved.
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::indexing_slicing, clippy::panic)]
 
-use std::sync::atomic::Ordering;
-
 use super::RingError;
 use super::split::DESCRIPTOR_BYTES;
 use crate::memory::{GuestAddress, HostBuffer, MemoryMap};
@@ -190,13 +188,15 @@ struct Descriptor {
     next: u16,
 }
 
+/// VIRTIO 1.3, 2.7.5: `addr`, then `len`, `flags` and `next`, which have 64 bits together and are loaded at once.
 fn load(table: HostBuffer, index: u16) -> Descriptor {
     let at = DESCRIPTOR_BYTES * usize::from(index);
+    let rest = table.load_u64(at + 8);
     Descriptor {
         address: GuestAddress(table.load_u64(at)),
-        len_bytes: table.load_u32(at + 8),
-        flags: table.load_u16(at + 12, Ordering::Relaxed),
-        next: table.load_u16(at + 14, Ordering::Relaxed),
+        len_bytes: rest as u32,
+        flags: (rest >> 32) as u16,
+        next: (rest >> 48) as u16,
     }
 }
 
