@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use tests::{Daemon, DaemonCommand, Machine, Namespace, Tap, TempDir, program, temp_dir};
 
-use crate::sample::{Bench, Cell, Over, Way};
+use crate::sample::{Bench, Cell, MORTAL, Over, Way};
 
 /// The back end that ratios refer to.
 pub(crate) const PEER: &str = "testpmd net_vhost";
@@ -182,8 +182,11 @@ fn testpmd(
     directory: &TempDir,
     devices: &[String],
 ) -> Command {
-    let mut command = namespace.command(bench.rig.tool("dpdk-testpmd").get_program());
+    let [program, words @ ..] = MORTAL;
+    let mut command = namespace.command(program);
     command
+        .args(words)
+        .arg(bench.rig.tool("dpdk-testpmd").get_program())
         // It would leave files in the system's.
         .env("RUNTIME_DIRECTORY", directory.path())
         // One thread for its command line, one that polls.

@@ -3,6 +3,7 @@
 //! Frames are counted where they have arrived: by the front end, or by the kernel behind the tap, since a back end may drop
 //! what a tap does not take. Where they end at the back end, by the front end that has got rid of them.
 
+use std::ffi::OsString;
 use std::fmt;
 use std::net::{Ipv4Addr, UdpSocket};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -22,6 +23,8 @@ const WARM_UP_SECONDS: usize = 2;
 const TICKS_PER_SECOND: f64 = 100.0;
 /// Headers of Ethernet, IPv4 and UDP.
 const HEADERS_BYTES: usize = 14 + 20 + 8;
+/// What a command line begins with whose process is to end with this one, also where a panic aborts it.
+pub(crate) const MORTAL: [&str; 3] = ["setpriv", "--pdeathsig", "KILL"];
 const HOST: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 1);
 const GUEST: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 2);
 /// Nobody listens there (RFC 863, "discard").
@@ -102,9 +105,10 @@ impl Bench {
         Namespace::new(&self.rig).expect("root can make a namespace; why not, it has said")
     }
 
-    /// What a command line begins with whose process is to be on the back end's CPU.
-    pub(crate) fn pinned_to_back_end(&self) -> [std::ffi::OsString; 3] {
-        ["taskset".into(), "--cpu-list".into(), self.cpus[0].to_string().into()]
+    /// What the command line of a daemon begins with: it is on the back end's CPU.
+    pub(crate) fn pinned_to_back_end(&self) -> Vec<OsString> {
+        let pin = ["taskset".into(), "--cpu-list".into(), self.cpus[0].to_string().into()];
+        MORTAL.map(OsString::from).into_iter().chain(pin).collect()
     }
 
     /// Takes one sample of a contender.
