@@ -225,6 +225,10 @@ fn overlapping_regions() {
         ] {
             must_refuse_table(&mut subject, &[first, second], &fds);
             must_refuse_table(&mut subject, &[second, first], &fds);
+            // QEMU before version 8 adds one region for each queue pair.
+            if second == first {
+                continue;
+            }
             let front_end = negotiated(&subject);
             front_end.add_mem_reg(&first, fds[0]).expect("the first can be added");
             let added = front_end.add_mem_reg(&second, fds[1]);

@@ -79,6 +79,20 @@ pub struct MemorySlot {
     pub spec: RegionSpec,
     /// What to map.
     pub file: Arc<OwnedFd>,
+    /// How often it has been added, less how often it has been removed.
+    times: u32,
+}
+
+impl MemorySlot {
+    fn new(spec: RegionSpec, file: OwnedFd) -> Self {
+        Self { spec, file: Arc::new(file), times: 1 }
+    }
+
+    // vhost-user, "VHOST_USER_REM_MEM_REG": guest address, user address and size identify it.
+    fn is(&self, spec: RegionSpec) -> bool {
+        (self.spec.guest, self.spec.frontend, self.spec.len_bytes)
+            == (spec.guest, spec.frontend, spec.len_bytes)
+    }
 }
 
 /// What is to be done about a message, besides acknowledging it.
@@ -324,14 +338,18 @@ impl Session {
     }
 
     fn replace_memory(&self, specs: Vec<RegionSpec>, fds: Vec<OwnedFd>) -> Result<Action, Fault> {
-        let files = fds.into_iter().map(Arc::new);
-        let slots = specs.into_iter().zip(files).map(|(spec, file)| MemorySlot { spec, file });
+        let slots = specs.into_iter().zip(fds).map(|(spec, file)| MemorySlot::new(spec, file));
         Ok(Action::Memory(slots.collect()))
     }
 
+    /// QEMU before version 8 adds each region once for each queue pair of a network device, and removes it as often: what is
+    /// there already is counted.
     fn add_memory(&self, spec: RegionSpec, fds: Vec<OwnedFd>) -> Result<Action, Fault> {
         let mut slots = self.memory.clone();
-        slots.extend(fds.into_iter().map(|file| MemorySlot { spec, file: Arc::new(file) }));
+        match slots.iter_mut().find(|slot| slot.spec == spec) {
+            Some(slot) => slot.times = slot.times.saturating_add(1),
+            None => slots.extend(fds.into_iter().map(|file| MemorySlot::new(spec, file))),
+        }
         if slots.len() > MAX_MEMORY_SLOTS {
             return Err(Fault::MemorySlots { count: slots.len() });
         }
@@ -339,15 +357,12 @@ impl Session {
     }
 
     fn remove_memory(&self, spec: RegionSpec) -> Result<Action, Fault> {
-        // vhost-user, "VHOST_USER_REM_MEM_REG": guest address, user address and size identify it.
-        let same = |slot: &MemorySlot| {
-            (slot.spec.guest, slot.spec.frontend, slot.spec.len_bytes)
-                == (spec.guest, spec.frontend, spec.len_bytes)
-        };
-        if !self.memory.iter().any(same) {
-            return Err(Fault::NoSuchRegion { spec });
-        }
-        Ok(Action::Memory(self.memory.iter().filter(|slot| !same(slot)).cloned().collect()))
+        let mut slots = self.memory.clone();
+        let slot = slots.iter_mut().find(|slot| slot.is(spec));
+        let slot = slot.ok_or(Fault::NoSuchRegion { spec })?;
+        slot.times = slot.times.saturating_sub(1);
+        slots.retain(|slot| slot.times > 0);
+        Ok(Action::Memory(slots))
     }
 
     fn offered_protocol_features(&self) -> u64 {

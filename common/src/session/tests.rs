@@ -283,6 +283,24 @@ fn memory_is_added_and_removed_slot_by_slot() {
 }
 
 #[test]
+fn region_that_is_added_twice_is_there_until_it_is_removed_twice() {
+    let mut session = session();
+    add_region(&mut session, 1).expect("room");
+    let first = Arc::clone(&session.memory()[0].file);
+    add_region(&mut session, 1).expect("it is the same");
+    assert_eq!(session.memory().len(), 1);
+    assert!(Arc::ptr_eq(&session.memory()[0].file, &first), "nothing is mapped anew");
+    for left in [1, 0] {
+        let removed = send(&mut session, Request::RemMemReg, Payload::MemoryRegion(spec(1)));
+        let Ok(Action::Memory(slots)) = removed else { panic!("{removed:?}") };
+        assert_eq!(slots.len(), left);
+        session.commit_memory(slots);
+    }
+    let again = send(&mut session, Request::RemMemReg, Payload::MemoryRegion(spec(1)));
+    assert!(matches!(again, Err(Fault::NoSuchRegion { .. })));
+}
+
+#[test]
 fn memory_slots_have_a_limit() {
     let mut session = session();
     for slot in 0..MAX_MEMORY_SLOTS as u64 {
