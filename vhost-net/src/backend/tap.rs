@@ -16,6 +16,7 @@
 use std::convert::Infallible;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -60,10 +61,26 @@ pub(crate) struct Tap {
     mtu: Option<u16>,
     address: Option<[u8; 6]>,
     link: Link,
-    /// The interface was opened to the end. Only the main thread looks.
+    /// The interface was opened to the end.
     is_open: AtomicBool,
-    /// What is to be applied to an interface that has come back: flags of offloads, and bytes of the header.
-    applied: (AtomicU32, AtomicU32),
+    /// Locked for as long as the interface is changed, by the main thread and by the one of the control queue.
+    in_force: Mutex<InForce>,
+}
+
+/// What the interface is, and is to be again when it has come back.
+#[derive(Debug)]
+struct InForce {
+    /// Nothing before it was applied once.
+    applied: Option<Applied>,
+    /// By pair: whether its queue takes part.
+    attached: Vec<bool>,
+}
+
+/// What is applied to the interface.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Applied {
+    offload_flags: u32,
+    header_bytes: i32,
 }
 
 /// One queue of the interface under two numbers, because one may be watched for readiness by two who know nothing of each
@@ -72,7 +89,6 @@ pub(crate) struct Tap {
 struct Queue {
     receive: OwnedFd,
     transmit: OwnedFd,
-    attached: AtomicBool,
 }
 
 /// Where the interface is from, and returns to.
@@ -169,6 +185,7 @@ impl Tap {
         let index = find(&netlink, source.name())?.map_or(0, |interface| interface.index);
         let offloads =
             queues.first().map_or(Offloads::default(), |queue| probe(queue.receive.as_fd()));
+        let in_force = InForce { applied: None, attached: vec![true; queues.len()] };
         Ok(Self {
             queues,
             source,
@@ -181,7 +198,7 @@ impl Tap {
             address: None,
             link: Link::default(),
             is_open: AtomicBool::new(true),
-            applied: (AtomicU32::new(0), AtomicU32::new(0)),
+            in_force: Mutex::new(in_force),
         })
     }
 
@@ -262,38 +279,80 @@ impl Tap {
     }
 
     /// From now on frames come with no more than these `offloads`, and in both directions behind a header of
-    /// `header_bytes`, 10 or 12. Offloads that the interface does not have are not asked for.
+    /// `header_bytes`, 10 or 12. Offloads that the interface does not have are not asked for. What is refused changes
+    /// nothing; an interface that is gone has it when it is back.
     pub(crate) fn apply(&self, offloads: Offloads, header_bytes: usize) -> rustix::io::Result<()> {
-        let header_bytes = u32::try_from(header_bytes).unwrap_or_default();
-        self.applied.0.store(offloads.and(self.offloads).flags(), Relaxed);
-        self.applied.1.store(header_bytes, Relaxed);
-        self.apply_again()
-    }
-
-    fn apply_again(&self) -> rustix::io::Result<()> {
-        let (offloads, header_bytes) = (self.applied.0.load(Relaxed), self.applied.1.load(Relaxed));
-        let header_bytes = i32::try_from(header_bytes).unwrap_or_default();
-        // A tap has one of each, which a queue that takes no part cannot be asked for (EBADFD); a macvtap has a header's length
-        // for each queue.
-        for queue in &self.queues {
-            let file = queue.receive.as_fd();
-            let applied = descriptor::set_header_bytes(file, header_bytes)
-                .and_then(|()| descriptor::set_offloads(file, offloads));
-            match applied {
-                Err(Errno::BADFD) if !queue.attached.load(Relaxed) => {}
-                applied => applied?,
+        let header_bytes = i32::try_from(header_bytes).map_err(|_too_many| Errno::INVAL)?;
+        let offload_flags = offloads.and(self.offloads).flags();
+        let wanted = Applied { offload_flags, header_bytes };
+        let mut in_force = self.in_force();
+        let before = in_force.applied;
+        match self.apply_now(wanted, before, &in_force.attached) {
+            Err(errno) if !self.is_gone() => {
+                if let Some(before) = before {
+                    // Who is told of the first refusal need not hear of a second one.
+                    let _ = self.apply_now(before, None, &in_force.attached);
+                }
+                return Err(errno);
             }
+            _ => in_force.applied = Some(wanted),
         }
         Ok(())
     }
 
-    /// Whether the queue of this pair takes part in traffic. The first always does.
+    /// Applies what differs from what was applied `before`: each call waits for the lock of the host's network
+    /// configuration.
+    fn apply_now(
+        &self,
+        wanted: Applied,
+        before: Option<Applied>,
+        attached: &[bool],
+    ) -> rustix::io::Result<()> {
+        // A tap has one length of the header, which a queue that takes no part cannot be asked for (EBADFD); a macvtap has
+        // one for each queue.
+        if before.is_none_or(|before| before.header_bytes != wanted.header_bytes) {
+            for (queue, attached) in self.queues.iter().zip(attached) {
+                match descriptor::set_header_bytes(queue.receive.as_fd(), wanted.header_bytes) {
+                    Err(Errno::BADFD) if !attached => {}
+                    applied => applied?,
+                }
+            }
+        }
+        // Both have one set of offloads, and their first queue always takes part.
+        match self.queues.first() {
+            Some(first)
+                if before.is_none_or(|before| before.offload_flags != wanted.offload_flags) =>
+            {
+                descriptor::set_offloads(first.receive.as_fd(), wanted.offload_flags)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether the queue of this pair takes part in traffic. The first always does. What is refused changes nothing; an
+    /// interface that is gone has it so when it is back.
     pub(crate) fn attach_queue(&self, pair: u16, attached: bool) -> rustix::io::Result<()> {
         let queue = self.queues.get(usize::from(pair)).ok_or(Errno::INVAL)?;
-        if pair == 0 || queue.attached.swap(attached, Relaxed) == attached {
+        let mut in_force = self.in_force();
+        let place = in_force.attached.get_mut(usize::from(pair)).ok_or(Errno::INVAL)?;
+        if pair == 0 || *place == attached {
             return Ok(());
         }
-        descriptor::attach_queue(queue.receive.as_fd(), attached)
+        match descriptor::attach_queue(queue.receive.as_fd(), attached) {
+            Err(errno) if !self.is_gone() => return Err(errno),
+            _ => *place = attached,
+        }
+        Ok(())
+    }
+
+    fn in_force(&self) -> MutexGuard<'_, InForce> {
+        // A panic elsewhere leaves it as whole as it was.
+        self.in_force.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether the interface is yet to come back, with all that is in force.
+    fn is_gone(&self) -> bool {
+        !self.is_open.load(Relaxed) || !self.is_attached()
     }
 
     /// Follows the interface: goes, comes back, is set up and down.
@@ -304,14 +363,13 @@ impl Tap {
     }
 
     fn look(&self, step: &mut dyn FnMut(), complaint: &mut Option<String>) -> Look {
-        if !self.is_attached() || !self.is_open.load(Relaxed) {
+        if self.is_gone() {
             self.is_open.store(false, Relaxed);
             self.link.set_up(false);
             step();
             match self.reopen() {
                 Ok(true) => {
                     *complaint = None;
-                    self.is_open.store(true, Relaxed);
                     self.link.renew();
                 }
                 Ok(false) => return Look::Settled,
@@ -350,7 +408,8 @@ impl Tap {
 
     /// Opens the interface again, under the same numbers; false where there is none. Goes on where it failed before.
     fn reopen(&self) -> Result<bool, OpenError> {
-        if !self.is_attached() && !self.attach_again()? {
+        let in_force = self.in_force();
+        if !self.attach_again()? {
             return Ok(false);
         }
         let interface = find(&self.netlink, self.source.name())?;
@@ -359,19 +418,29 @@ impl Tap {
             self.set("the state", Change::Up)?;
         }
         self.configure()?;
-        self.restore().map_err(|errno| self.failed("what the driver asked for", errno))?;
+        let restored = self.restore(&in_force);
+        restored.map_err(|errno| self.failed("what the driver asked for", errno))?;
+        self.is_open.store(true, Relaxed);
         Ok(true)
     }
 
-    /// Puts queues of an interface that has come back under the descriptors; false where it has not.
+    /// Puts queues of an interface that has come back under those descriptors that are none yet; false where it has not.
     fn attach_again(&self) -> Result<bool, OpenError> {
         let pairs = self.settings.pairs;
+        let missing: Vec<&Queue> = self.queues.iter().filter(|queue| !queue.takes_part()).collect();
+        if missing.is_empty() {
+            return Ok(true);
+        }
         match &self.source {
             Source::Tap { name } => {
-                let Some(interface) = find(&self.netlink, name)? else { return Ok(false) };
+                let Some(mut interface) = find(&self.netlink, name)? else { return Ok(false) };
+                // Of the queues that are in use those that were attached before are ours.
+                let ours = u32::try_from(self.queues.len() - missing.len()).unwrap_or(u32::MAX);
+                let in_use = &mut interface.tun.queue_count;
+                *in_use = in_use.map(|count| count.saturating_sub(ours));
                 let flags = flags(name, Some(&interface), pairs)?;
                 // A file outlives its interface, and takes another.
-                for queue in &self.queues {
+                for queue in missing {
                     attach(queue.receive.as_fd(), name, flags, pairs, true)?;
                 }
             }
@@ -379,8 +448,9 @@ impl Tap {
                 if !macvtap.create_again(&self.netlink, pairs)? {
                     return Ok(false);
                 }
-                let files = macvtap.open(&self.netlink, pairs, FLAGS)?;
-                for (queue, file) in self.queues.iter().zip(files) {
+                let count = u16::try_from(missing.len()).unwrap_or(pairs);
+                let files = macvtap.open(&self.netlink, count, FLAGS)?;
+                for (queue, file) in missing.into_iter().zip(files) {
                     queue.replace(&file)?;
                 }
             }
@@ -388,11 +458,15 @@ impl Tap {
         Ok(true)
     }
 
-    /// Gives an interface that was opened anew what the one before had.
-    fn restore(&self) -> rustix::io::Result<()> {
-        self.apply_again()?;
-        for queue in self.queues.iter().skip(1).filter(|queue| !queue.attached.load(Relaxed)) {
-            descriptor::attach_queue(queue.receive.as_fd(), false)?;
+    /// Gives an interface that was opened anew, and all of whose queues take part, what the one before had.
+    fn restore(&self, in_force: &InForce) -> rustix::io::Result<()> {
+        if let Some(applied) = in_force.applied {
+            self.apply_now(applied, None, &in_force.attached)?;
+        }
+        for (queue, attached) in self.queues.iter().zip(&in_force.attached).skip(1) {
+            if !attached {
+                descriptor::attach_queue(queue.receive.as_fd(), false)?;
+            }
         }
         Ok(())
     }
@@ -422,7 +496,14 @@ impl Tap {
 impl Queue {
     fn new(receive: OwnedFd) -> Result<Self, OpenError> {
         let transmit = fcntl_dupfd_cloexec(&receive, 0).map_err(descriptors)?;
-        Ok(Self { receive, transmit, attached: AtomicBool::new(true) })
+        Ok(Self { receive, transmit })
+    }
+
+    /// Has the queue take part in its interface's traffic; false where it is of none.
+    fn takes_part(&self) -> bool {
+        let file = self.receive.as_fd();
+        // A tap's queue that takes no part looks like one of no interface; one that takes part is refused here (EINVAL).
+        descriptor::attach_queue(file, true).is_ok() || descriptor::interface(file).is_ok()
     }
 
     fn replace(&self, file: &OwnedFd) -> Result<(), OpenError> {

@@ -17,6 +17,7 @@ use tokio::sync::mpsc;
 use tokio::time::timeout;
 
 use super::{FLAGS, Tap, attach, open_device, probe};
+use crate::backend::descriptor;
 use crate::backend::macvtap::Macvtap;
 use crate::backend::netlink::Netlink;
 use crate::backend::{Backend, BackendSpec, LinkEvent, Offloads, OpenError, Settings};
@@ -464,6 +465,92 @@ fn tap_that_was_removed_and_comes_back_is_open_under_the_same_numbers() {
             drop(tap);
             ip("link del vm0");
         }
+    });
+}
+
+#[test]
+fn what_the_kernel_refuses_is_not_in_force_when_the_tap_comes_back() {
+    in_namespace(|| {
+        ip("tuntap add vm0 mode tap");
+        ip("link set vm0 up");
+        let tap = open("tap=vm0", 1).unwrap();
+        tap.apply(Offloads { csum: true, ..Offloads::default() }, 10).unwrap();
+        // The kernel knows no header of less than 10 bytes.
+        assert_eq!(tap.apply(Offloads::default(), 5), Err(Errno::INVAL));
+        watched(&tap, async |mut events| {
+            ip("link del vm0");
+            events.next_is(false, 0).await;
+            ip("tuntap add vm0 mode tap");
+            ip("link set vm0 up");
+            events.next_is(true, 1).await;
+        });
+        ip("addr add 10.0.0.1/24 dev vm0");
+        exchange_arp(&tap, 10);
+    });
+}
+
+#[test]
+fn what_is_asked_of_a_tap_that_is_gone_is_in_force_when_it_comes_back() {
+    in_namespace(|| {
+        ip("tuntap add vm0 mode tap multi_queue");
+        ip("link set vm0 up");
+        let tap = open("tap=vm0", 2).unwrap();
+        watched(&tap, async |mut events| {
+            ip("link del vm0");
+            tap.apply(Offloads::default(), 10).unwrap();
+            events.next_is(false, 0).await;
+            tap.attach_queue(1, true).unwrap();
+            ip("tuntap add vm0 mode tap multi_queue");
+            ip("link set vm0 up");
+            events.next_is(true, 1).await;
+        });
+        let shown = ip("-d link show vm0");
+        assert!(shown.contains("numqueues 2 numdisabled 0"), "{shown}");
+        tap.attach_queue(1, false).unwrap();
+        ip("addr add 10.0.0.1/24 dev vm0");
+        exchange_arp(&tap, 10);
+    });
+}
+
+#[test]
+fn queue_that_could_not_be_attached_is_tried_again() {
+    in_namespace(|| {
+        let tap = open("tap=vm0", 2).unwrap();
+        let [second, _] = tap.files().nth(1).unwrap();
+        // The kernel refuses to attach what is attached, and the tap knows nothing of that.
+        descriptor::attach_queue(second, true).unwrap();
+        assert_eq!(tap.attach_queue(1, true), Err(Errno::INVAL));
+        descriptor::attach_queue(second, false).unwrap();
+        tap.attach_queue(1, true).unwrap();
+        let shown = ip("-d link show vm0");
+        assert!(shown.contains("numqueues 2 numdisabled 0"), "{shown}");
+    });
+}
+
+#[test]
+fn reopening_goes_on_where_it_failed() {
+    in_namespace(|| {
+        ip("tuntap add vm0 mode tap multi_queue");
+        let tap = open("tap=vm0", 3).unwrap();
+        let mut files = tap.files().map(|[receive, _]| receive);
+        let (first, second) = (files.next().unwrap(), files.next().unwrap());
+        watched(&tap, async |mut events| {
+            ip("link set vm0 up");
+            events.next_is(true, 0).await;
+            ip("link del vm0");
+            events.next_is(false, 0).await;
+            ip("tuntap add vm0 mode tap multi_queue");
+            ip("link set vm0 up");
+            // As far as it has got.
+            let multi_queue = FLAGS | nix::libc::IFF_MULTI_QUEUE;
+            for file in [first, second] {
+                attach(file, "vm0", multi_queue, 3, true).unwrap();
+            }
+            descriptor::attach_queue(second, false).unwrap();
+            events.next_is(true, 1).await;
+        });
+        let shown = ip("-d link show vm0");
+        assert!(shown.contains("numqueues 1 numdisabled 2"), "{shown}");
     });
 }
 
