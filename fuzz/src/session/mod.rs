@@ -115,7 +115,7 @@ impl Daemon<'_> {
     fn replace_memory(&mut self, slots: Vec<MemorySlot>, said: &Said) {
         let expected = self.model.memory_after(said);
         let specs = slots.iter().map(|slot| slot.spec);
-        assert!(specs.eq(expected.iter().map(|(spec, _)| *spec)), "{slots:x?} after {said:x?}");
+        assert!(specs.eq(expected.iter().map(|mapped| mapped.spec)), "{slots:x?} after {said:x?}");
         let choice = self.script.u8();
         // It may not be possible to map it.
         if choice & 0x80 != 0 {

@@ -9,6 +9,22 @@ use common::virtqueue::RingAddresses;
 use super::message::{Files, Said};
 use super::{OFFER, RINGS};
 
+/// A region of memory that is mapped.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Mapped {
+    pub(super) spec: RegionSpec,
+    /// Which file.
+    file: usize,
+    /// How often it was added, less how often it was removed.
+    times: u32,
+}
+
+impl Mapped {
+    fn new(spec: RegionSpec, file: usize) -> Self {
+        Self { spec, file, times: 1 }
+    }
+}
+
 /// `VHOST_USER_F_PROTOCOL_FEATURES`.
 const PROTOCOL_FEATURES_BIT: u64 = 1 << 30;
 
@@ -45,7 +61,7 @@ pub(super) struct Model {
     features: u64,
     protocol: ProtocolFeatures,
     rings: [Ring; RINGS as usize],
-    memory: Vec<(RegionSpec, usize)>,
+    memory: Vec<Mapped>,
     files: Files,
 }
 
@@ -208,28 +224,42 @@ impl Model {
     }
 
     /// What a message about memory asks for.
-    pub(super) fn memory_after(&self, said: &Said) -> Vec<(RegionSpec, usize)> {
+    pub(super) fn memory_after(&self, said: &Said) -> Vec<Mapped> {
         let mut memory = self.memory.clone();
         match &said.payload {
             Payload::MemoryTable(specs) => {
-                return specs.iter().copied().zip(said.files.iter().copied()).collect();
+                let files = said.files.iter();
+                return specs
+                    .iter()
+                    .zip(files)
+                    .map(|(spec, file)| Mapped::new(*spec, *file))
+                    .collect();
             }
             Payload::MemoryRegion(spec) if said.request == Request::AddMemReg => {
-                memory.extend(said.files.iter().map(|file| (*spec, *file)));
+                // QEMU before version 8 adds a region once for each queue pair of a network device.
+                match memory.iter_mut().find(|mapped| mapped.spec == *spec) {
+                    Some(mapped) => mapped.times += 1,
+                    None => memory.extend(said.files.iter().map(|file| Mapped::new(*spec, *file))),
+                }
             }
             Payload::MemoryRegion(spec) => {
                 // "Identified by guest address, user address and size": not by its place in the file.
-                memory.retain(|(old, _)| {
-                    RegionSpec { file_offset_bytes: spec.file_offset_bytes, ..*old } != *spec
-                });
-                assert!(memory.len() < self.memory.len(), "there was no such region");
+                let same = |mapped: &Mapped| {
+                    let old = mapped.spec;
+                    RegionSpec { file_offset_bytes: spec.file_offset_bytes, ..old } == *spec
+                };
+                let place = memory.iter().position(same).expect("there was no such region");
+                memory[place].times -= 1;
+                if memory[place].times == 0 {
+                    memory.remove(place);
+                }
             }
             other => unreachable!("{other:?} is not about memory"),
         }
         memory
     }
 
-    pub(super) fn commit_memory(&mut self, memory: Vec<(RegionSpec, usize)>) {
+    pub(super) fn commit_memory(&mut self, memory: Vec<Mapped>) {
         assert!(memory.len() <= MAX_MEMORY_SLOTS);
         self.memory = memory;
     }
@@ -239,7 +269,7 @@ impl Model {
         assert_eq!(session.features(), self.features);
         assert_eq!(session.acknowledges(), self.protocol.contains(ProtocolFeatures::REPLY_ACK));
         let specs = session.memory().iter().map(|slot| slot.spec);
-        assert!(specs.eq(self.memory.iter().map(|(spec, _)| *spec)), "{:x?}", session.memory());
+        assert!(specs.eq(self.memory.iter().map(|mapped| mapped.spec)), "{:x?}", session.memory());
         for (index, ring) in (0..).zip(&self.rings) {
             assert_eq!(session.ring_base(index), ring.base);
             assert_eq!(session.ring_is_outdated(index), ring.outdated);
@@ -266,7 +296,7 @@ impl Model {
             let kick = if let Kick::File(file) = ring.kick { Some(file) } else { None };
             [kick, ring.call, ring.error]
         });
-        let memory = self.memory.iter().map(|(_, file)| Some(*file));
+        let memory = self.memory.iter().map(|mapped| Some(mapped.file));
         rings.chain(memory).flatten().collect()
     }
 
