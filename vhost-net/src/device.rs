@@ -205,25 +205,28 @@ impl Shared {
 
     /// Receives on this many pairs from now on; on as many as before where the back end refuses.
     fn use_pairs(&self, count: u16) -> Result<(), Errno> {
+        let pairs = self.pairs();
         let before = self.state.active_pairs();
-        self.state.set_active_pairs(count);
-        let attached = self.attach_queues(&self.pairs());
+        // A queue does not look at a pair that is not attached, which would fail it: those that go are left alone
+        // before, and those that come are looked at after.
+        self.state.set_active_pairs(before.min(count));
+        let attached = self.attach_queues(&pairs, count);
         if attached.is_err() {
-            self.state.set_active_pairs(before);
             // Who is told of the first refusal need not hear of a second one.
-            let _ = self.attach_queues(&self.pairs());
+            let _ = self.attach_queues(&pairs, before);
         }
+        self.state.set_active_pairs(if attached.is_ok() { count } else { before });
         // In either case: a queue that was detached for a moment may have looked just then.
         self.attached.notify_one();
         attached
     }
 
-    /// Has the back end give frames to those pairs only whose receive ring runs, and which the driver uses.
+    /// Has the back end give frames to those pairs only whose receive ring runs, and of which the driver has `used`.
     // VIRTIO 1.3, 5.1.6.5.6.2: The device MUST NOT queue packets on receive queues greater than virtqueue_pairs once it
     // has placed the VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET command in a used buffer.
-    fn attach_queues(&self, pairs: &Pairs) -> Result<(), Errno> {
+    fn attach_queues(&self, pairs: &Pairs, used: u16) -> Result<(), Errno> {
         for (pair, receives) in (0..).zip(&pairs.receiving) {
-            self.backend.attach_queue(pair, *receives && pair < self.state.active_pairs())?;
+            self.backend.attach_queue(pair, *receives && pair < used)?;
         }
         Ok(())
     }
@@ -292,7 +295,7 @@ impl NetDevice {
         if let Some(place) = pairs.receiving.get_mut(usize::from(pair)) {
             *place = receives;
         }
-        if let Err(errno) = self.shared.attach_queues(&pairs) {
+        if let Err(errno) = self.shared.attach_queues(&pairs, self.shared.state.active_pairs()) {
             warn!(pair, %errno, "the back end's queue cannot be attached or detached");
         }
     }
