@@ -22,6 +22,8 @@ pub(crate) enum Reason {
     LinkDown,
     /// The host did not take it, or its memory is gone.
     Host,
+    /// The kernel refused it for what it is, whatever its header says.
+    Refused,
     /// It was held back when its ring stopped, or its pair fell out of use.
     Stopped,
 }
@@ -48,6 +50,7 @@ pub(crate) const DROPS: &[&str] = &[
     "scattered",
     "link_down",
     "host",
+    "refused",
     "stopped",
 ];
 
@@ -68,7 +71,8 @@ impl Reason {
             Self::Scattered => OTHERS + 3,
             Self::LinkDown => OTHERS + 4,
             Self::Host => OTHERS + 5,
-            Self::Stopped => OTHERS + 6,
+            Self::Refused => OTHERS + 6,
+            Self::Stopped => OTHERS + 7,
         }
     }
 }
@@ -104,6 +108,7 @@ mod tests {
             (Reason::Scattered, "scattered"),
             (Reason::LinkDown, "link_down"),
             (Reason::Host, "host"),
+            (Reason::Refused, "refused"),
             (Reason::Stopped, "stopped"),
         ] {
             assert_eq!(DROPS[reason.place()], name);

@@ -122,7 +122,7 @@ impl Transmitter {
             }
             match self.shared.backend().adopt(Side::Transmit) {
                 Ok(generation) => self.outbox.generation = generation,
-                Err(errno) => self.lose(errno, io),
+                Err(errno) => drop(self.lose(errno, io)),
             }
         }
         while let Some(rest) = self.outbox.rest() {
@@ -134,8 +134,8 @@ impl Transmitter {
                 }
                 Err(errno) => {
                     self.outbox.discard();
-                    self.lose(errno, io);
-                    io.give_up(Reason::Host.place());
+                    let reason = self.lose(errno, io);
+                    io.give_up(reason.place());
                 }
             }
         }
@@ -171,10 +171,7 @@ impl Transmitter {
             }
             (Ok(_), _) => {}
             (Err(Errno::AGAIN), _) => self.outbox.keep(&self.list, 0),
-            (Err(errno), _) => {
-                self.lose(errno, io);
-                return Outcome::Dropped(Reason::Host);
-            }
+            (Err(errno), _) => return Outcome::Dropped(self.lose(errno, io)),
         }
         if let Some(recorder) = &self.recorder {
             let sent = Buffers::new(&self.list).slice(self.before_frame(), usize::MAX);
@@ -242,12 +239,18 @@ impl Transmitter {
         self.list.iter().map(HostBuffer::len).sum()
     }
 
-    /// The back end is gone, or does not take a frame.
-    fn lose(&self, errno: Errno, io: &mut QueueIo<'_>) {
+    /// The back end is gone, or does not take a frame: why that is dropped.
+    fn lose(&self, errno: Errno, io: &mut QueueIo<'_>) -> Reason {
+        // What a tap says of a frame that is not what its header says (segments of a protocol that has none, say): the
+        // guest's fault, which is none of the log's business.
+        if (self.framing, errno) == (Framing::Header, Errno::INVAL) {
+            return Reason::Refused;
+        }
         // A link that has just fallen says so itself.
         if self.shared.link().is_up() && errno != Errno::PIPE {
             io.report(HostFault { what: "sending a frame", offset: 0, errno });
         }
+        Reason::Host
     }
 }
 

@@ -194,6 +194,16 @@ fn frame_that_the_host_cannot_give_is_no_end_of_frames() {
 }
 
 #[test]
+fn frame_that_the_kernel_refuses_is_no_fault_of_the_host() {
+    let mut bench = Bench::new(Mode::plain(), 1, 16);
+    bench.stage.kernel().set_fault(ChannelIndex(1), Some(Errno::INVAL));
+    bench.give(&[&[0; 12], &plain_frame(1, 60)[..]].concat(), 0);
+    bench.publish();
+    assert!(bench.rest().is_empty(), "nothing is told");
+    assert_eq!((bench.dropped("refused"), bench.dropped("host")), (1, 0));
+}
+
+#[test]
 fn turn_has_one_command() {
     let mut mode = Mode::plain();
     mode.features |= VIRTIO_NET_F_CTRL_VQ;
