@@ -312,6 +312,12 @@ impl QueueIo<'_> {
         }
     }
 
+    /// Has no chain popped before this time: the one that was popped last is to be retracted at once, and is popped
+    /// again then. For work that a device limits by itself.
+    pub fn postpone(&mut self, until_ns: u64) {
+        self.state.throttled_until_ns = Some(until_ns);
+    }
+
     /// The driver broke the ring's rules: it gives no more chains.
     fn break_off(&mut self, fault: RingError) {
         self.ring.break_off();

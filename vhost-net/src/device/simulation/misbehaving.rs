@@ -222,6 +222,33 @@ fn turn_has_one_command() {
 }
 
 #[test]
+fn changes_of_the_back_end_have_a_limit_and_wait_for_their_time() {
+    let mut mode = Mode::plain();
+    mode.pairs = 2;
+    mode.features |= VIRTIO_NET_F_CTRL_VQ | VIRTIO_NET_F_MQ;
+    let mut bench = Bench::new(mode, 4, 128);
+    for count in 0..40 {
+        bench.give(&[4, 0, 1 + count % 2, 0], 1);
+    }
+    bench.publish();
+    assert!(bench.rest().is_empty());
+    let mut answered = bench.driver.take_used().len();
+    assert_eq!(answered, 32);
+    while answered < 40 {
+        let before_ns = bench.stage.now_ns();
+        let then_ns = bench.stage.wakes_at_ns().expect("the next one has its time");
+        assert!(
+            (90_000_000..=100_000_000).contains(&(then_ns - before_ns)),
+            "{before_ns} {then_ns}"
+        );
+        bench.stage.advance_to(then_ns);
+        bench.rest();
+        assert_eq!(bench.driver.take_used().len(), 1);
+        answered += 1;
+    }
+}
+
+#[test]
 fn peer_that_sends_byte_after_byte_has_its_share_of_a_turn() {
     let mode = Mode::plain();
     let device = mode.device_on(Simulated::stream());
