@@ -26,6 +26,8 @@ pub(crate) enum Reason {
     Refused,
     /// It was held back when its ring stopped, or its pair fell out of use.
     Stopped,
+    /// It has waited in the interface's queue since before the guest was there.
+    Stale,
 }
 
 /// The reasons' names in metrics, by [`Reason::place`].
@@ -52,6 +54,7 @@ pub(crate) const DROPS: &[&str] = &[
     "host",
     "refused",
     "stopped",
+    "stale",
 ];
 
 /// Where the reasons of the driver's filter begin.
@@ -73,6 +76,7 @@ impl Reason {
             Self::Host => OTHERS + 5,
             Self::Refused => OTHERS + 6,
             Self::Stopped => OTHERS + 7,
+            Self::Stale => OTHERS + 8,
         }
     }
 }
@@ -110,9 +114,10 @@ mod tests {
             (Reason::Host, "host"),
             (Reason::Refused, "refused"),
             (Reason::Stopped, "stopped"),
+            (Reason::Stale, "stale"),
         ] {
             assert_eq!(DROPS[reason.place()], name);
         }
-        assert_eq!(Reason::Stopped.place() + 1, DROPS.len());
+        assert_eq!(Reason::Stale.place() + 1, DROPS.len());
     }
 }
