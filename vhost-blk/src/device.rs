@@ -407,7 +407,7 @@ impl BlockQueue {
             // The kernel was interrupted before it did anything.
             (_, Err(Errno::INTR)) => Next::Step(work),
             (Step::Sync, _) => unreachable!("a sync's end is that of all whom it served"),
-            // Its sync may have failed. Other errors are the write's own, as that of a full host is,
+            // Its sync may have failed. Other errors are taken for the write's own, as that of a full host is,
             // which an operator can mend.
             (Step::Transfer(_), Err(Errno::IO)) if work.written == Written::Stably => {
                 self.disk.cache().lose();

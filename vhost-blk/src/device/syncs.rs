@@ -5,6 +5,9 @@
 //! way: else one may be told of the loss of what the other was to make stable, and that one
 //! succeeds. Waiting is no loss: one sync serves all that have gathered until it begins.
 //!
+//! What the storage itself tells of its own volatile cache goes to the one sync that asked it. Another queue's sync that
+//! ended in the same moment, on another thread, may be answered before that is latched.
+//!
 //! Contract: [`wait`](Syncs::wait) for a request whose data has been written; at the end of the
 //! turn [`begin`](Syncs::begin) names the request that carries the next sync, if there is to be one,
 //! and when that has ended, [`end`](Syncs::end) names all whom it served. What began in a turn
