@@ -286,7 +286,7 @@ impl Tap {
     /// `header_bytes`, 10 or 12. Offloads that the interface does not have are not asked for. What is refused changes
     /// nothing; an interface that is gone has it when it is back.
     pub(crate) fn apply(&self, offloads: Offloads, header_bytes: usize) -> rustix::io::Result<()> {
-        let header_bytes = i32::try_from(header_bytes).map_err(|_too_many| Errno::INVAL)?;
+        let header_bytes = i32::try_from(header_bytes).ok().ok_or(Errno::INVAL)?;
         let offload_flags = offloads.and(self.offloads).flags();
         let wanted = Applied { offload_flags, header_bytes };
         let mut in_force = self.in_force();
