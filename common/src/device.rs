@@ -143,9 +143,24 @@ pub trait Runtime {
 pub trait Network {
     /// vhost-user, "VHOST_USER_SEND_RARP": the guest is to be announced on the network, since its driver
     /// cannot do so itself.
-    fn announce(&self, mac: [u8; 6]);
+    ///
+    /// # Errors
+    /// It is not, for the log.
+    fn announce(&self, mac: [u8; 6]) -> Result<(), NotAnnounced>;
     /// vhost-user, "VHOST_USER_NET_SET_MTU": the guest has this MTU; false when it may not.
     fn set_mtu(&self, mtu_bytes: u64) -> bool;
+}
+
+/// Why a guest is not announced.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "the messages say what they are about")]
+pub enum NotAnnounced {
+    #[error("it may not have this address")]
+    OtherAddress,
+    #[error("there is no switch that would learn from it")]
+    NoSwitch,
+    #[error("the network does not take it")]
+    Unsent(#[source] std::io::Error),
 }
 
 /// What [`Device::refresh`] has found.

@@ -9,12 +9,12 @@ use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use common::device::{Device, DeviceQueue, Network, QueueIo, Runtime};
+use common::device::{Device, DeviceQueue, Network, NotAnnounced, QueueIo, Runtime};
 use common::engine::{ChannelIndex, Completion};
 use common::rate_limit::Topic;
 use rustix::io::Errno;
 use tokio::sync::Notify;
-use tracing::{info, warn};
+use tracing::warn;
 
 use crate::announcement::announcement;
 use crate::backend::{Backend, Link};
@@ -169,18 +169,18 @@ impl Shared {
 
     /// Sends a frame of our own from the main thread, which announces the guest. A tap takes it whole, beside those
     /// that queues send; who is behind a stream socket is no switch.
-    fn send_announcement(&self, mac: Mac) {
+    fn send_announcement(&self, mac: Mac) -> Result<(), NotAnnounced> {
         // Nobody is to send from another address than the guest's: the front end neither.
         if !self.may_send_from(mac) {
-            return warn!(%mac, "a guest of this address is not announced (--only-mac)");
+            return Err(NotAnnounced::OtherAddress);
         }
         let frame = [&[0; HEADER_BYTES][..], &announcement(mac.bytes(), self.vlan())].concat();
         let files = self.backend.files();
-        let (Framing::Header, [_, over, ..]) = (self.framing(), &files[..]) else { return };
-        match rustix::io::write(over, &frame) {
-            Ok(_) => info!(%mac, "the guest was announced"),
-            Err(errno) => warn!(%mac, %errno, "the guest cannot be announced"),
-        }
+        let (Framing::Header, [_, over, ..]) = (self.framing(), &files[..]) else {
+            return Err(NotAnnounced::NoSwitch);
+        };
+        let sent = rustix::io::write(over, &frame);
+        sent.map(drop).map_err(|errno| NotAnnounced::Unsent(errno.into()))
     }
 
     /// Carries a command out.
@@ -415,8 +415,8 @@ impl Device for NetDevice {
 }
 
 impl Network for NetDevice {
-    fn announce(&self, mac: [u8; 6]) {
-        self.shared.send_announcement(Mac::new(mac));
+    fn announce(&self, mac: [u8; 6]) -> Result<(), NotAnnounced> {
+        self.shared.send_announcement(Mac::new(mac))
     }
 
     fn set_mtu(&self, mtu_bytes: u64) -> bool {

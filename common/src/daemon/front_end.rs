@@ -13,7 +13,7 @@ use tracing::{debug, info, warn};
 
 use super::log::{RateLimit, with_sources};
 use super::refresh::{Attendance, Refresher};
-use crate::device::Device;
+use crate::device::{Device, Network};
 use crate::memory::{MapError, MemoryMap, Region};
 use crate::metrics::Metrics;
 use crate::protocol::{
@@ -27,6 +27,9 @@ use crate::worker::{Kick, NoEventfd, RingStart, WorkerEvent, Workers};
 const REPLY_MAX: Duration = Duration::from_secs(10);
 /// How long the front end may be kept waiting before the log says for what.
 const PATIENCE: Duration = Duration::from_secs(10);
+
+/// How often the guest may be announced in a second: a front end does it a few times after a migration.
+const ANNOUNCEMENTS_MAX: u32 = 10;
 
 /// Why a session ended.
 #[derive(Debug, thiserror::Error)]
@@ -94,6 +97,7 @@ pub(super) struct FrontEnd<'a, D: Device> {
     /// How it hears of changes.
     attendance: Attendance<'a, D>,
     gate: &'a mut RateLimit,
+    announcements: RateLimit,
     /// The rings of which the log has said that they wait for memory.
     waiting: Vec<u16>,
 }
@@ -123,6 +127,7 @@ impl<'a, D: Device> FrontEnd<'a, D> {
             memory: Arc::new(MemoryMap::empty()),
             attendance: refresher.attend(),
             gate,
+            announcements: RateLimit::new(ANNOUNCEMENTS_MAX, Duration::from_secs(1)),
             waiting: Vec::new(),
         })
     }
@@ -271,7 +276,7 @@ impl<'a, D: Device> FrontEnd<'a, D> {
             }
             Action::Announce(mac) => {
                 if let Some(network) = self.device.network() {
-                    network.announce(mac);
+                    self.announce(network, mac);
                 }
             }
             Action::SetMtu(mtu_bytes) => {
@@ -286,6 +291,22 @@ impl<'a, D: Device> FrontEnd<'a, D> {
         }
         debug!(%request, "done");
         Ok(Answered::Ack)
+    }
+
+    /// Announces the guest, unless that was done too often lately.
+    fn announce(&mut self, network: &dyn Network, mac: [u8; 6]) {
+        let now = Instant::now();
+        if !self.announcements.passes(now) {
+            return;
+        }
+        let announced = network.announce(mac);
+        let address = mac.map(|byte| format!("{byte:02x}")).join(":");
+        self.gate.log(now, || match &announced {
+            Ok(()) => info!(mac = %address, "the guest was announced"),
+            Err(why) => {
+                warn!(mac = %address, "the guest is not announced: {}", with_sources(why));
+            }
+        });
     }
 
     fn is_running(&self, index: u16) -> bool {

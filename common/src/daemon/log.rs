@@ -120,6 +120,11 @@ impl RateLimit {
         }
     }
 
+    /// Whether what is no message may pass.
+    pub(super) fn passes(&mut self, now: Instant) -> bool {
+        matches!(self.admit(now), Admission::Pass { .. })
+    }
+
     fn admit(&mut self, now: Instant) -> Admission {
         if self.began.is_none_or(|began| now.saturating_duration_since(began) >= self.interval) {
             self.began = Some(now);
