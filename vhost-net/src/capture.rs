@@ -10,7 +10,8 @@
 //! The format is pcapng, because it has nanoseconds and says of each frame which way it went: seen
 //! from the guest, as if it had captured them itself. Frames look as they do between guest and
 //! device: what is to be segmented still is in one piece, and a checksum that is left to the other
-//! side is not there yet.
+//! side is not there yet. What is captured of a frame that the guest sends is copied once that is sent: a guest that
+//! changes it meanwhile has another frame captured than was sent, but for its headers.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, BufWriter, Write};
@@ -34,6 +35,8 @@ const WAITING_BYTES_MAX: usize = 8 << 20;
 
 /// Empty buffers that a queue has ready.
 const SPARE_BUFFERS: usize = 32;
+/// How large they are, at most: any frame of the wire finds room, and those of all queues are of no weight.
+const SPARE_BYTES_MAX: usize = 2048;
 
 /// How long an end waits for the last frames to be written: the file may be a FIFO that nobody reads.
 const END_TIMEOUT: Duration = Duration::from_secs(1);
@@ -227,8 +230,10 @@ fn write_all(messages: &Receiver<Message>, shared: &Shared, mut file: CaptureFil
             Ok(Some(frame)) => {
                 let written = file.write(&frame);
                 shared.waiting_bytes.fetch_sub(frame.data.len(), Ordering::Relaxed);
-                // The queue may have enough of them, or be gone.
-                let _ = frame.spare.try_send(frame.data);
+                if frame.data.capacity() <= SPARE_BYTES_MAX {
+                    // The queue may have enough of them, or be gone.
+                    let _ = frame.spare.try_send(frame.data);
+                }
                 match written {
                     Ok(true) => {}
                     Ok(false) => break file.flush().map(|()| true),
@@ -487,6 +492,19 @@ mod tests {
         let read = frames(&spec);
         let lengths = |frame: &Captured| (frame.frame_bytes, frame.data.len());
         assert_eq!(read.iter().map(lengths).collect::<Vec<_>>(), [(1514, 61), (60, 20)]);
+    }
+
+    #[test]
+    fn large_buffers_are_not_kept() {
+        let directory = tempfile::tempdir().unwrap();
+        let spec = spec(&directory);
+        let capture = Capture::begin(&spec).unwrap();
+        let recorder = capture.recorder();
+        record(&recorder, Direction::Inbound, &[7; 65_000]);
+        record(&recorder, Direction::Inbound, &[7; 1514]);
+        drop(capture);
+        let kept: Vec<usize> = recorder.spare.try_iter().map(|spare| spare.capacity()).collect();
+        assert_eq!(kept, [1514]);
     }
 
     #[test]
