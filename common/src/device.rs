@@ -422,12 +422,7 @@ impl QueueIo<'_> {
 
     /// Counts work that the device gives up; `reason` is an index into [`Device::DROPS`].
     pub fn give_up(&mut self, reason: usize) {
-        self.give_up_many(reason, 1);
-    }
-
-    /// Counts so many pieces of work that the device gives up.
-    pub fn give_up_many(&mut self, reason: usize, count: u64) {
-        self.metrics.drops[reason].add(count);
+        self.metrics.drops[reason].add(1);
     }
 
     /// The time of this turn, in nanoseconds since the workers began.

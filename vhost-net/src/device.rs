@@ -6,7 +6,7 @@
 
 use std::convert::Infallible;
 use std::os::fd::BorrowedFd;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use common::device::{Device, DeviceQueue, Network, NotAnnounced, QueueIo, Runtime};
@@ -243,8 +243,6 @@ pub(crate) struct NetDevice {
     offered: u64,
     /// What the driver has acknowledged, as the rings that were started last have it.
     acknowledged: AtomicU64,
-    /// A front end has connected, and its guest has not received yet.
-    is_new: AtomicBool,
 }
 
 impl NetDevice {
@@ -261,8 +259,7 @@ impl NetDevice {
         let pairs = Mutex::new(pairs);
         let shared = Shared { backend, state, filter, port, pairs, attached: Notify::new() };
         let acknowledged = AtomicU64::new(0);
-        let is_new = AtomicBool::new(false);
-        Self { shared: Arc::new(shared), offered, acknowledged, is_new }
+        Self { shared: Arc::new(shared), offered, acknowledged }
     }
 
     /// A driver has acknowledged `features`: what is in force follows from them, until it says otherwise.
@@ -290,14 +287,6 @@ impl NetDevice {
         if let Err(errno) = backend.apply(wanted_offloads(state.offloads()), HEADER_BYTES) {
             warn!(%errno, "the back end does not hand frames over as the driver takes them");
         }
-    }
-
-    /// Drops the frames that came before the guest that is about to receive on this pair, if it has not done so yet: how
-    /// many there were.
-    fn drop_stale(&self, pair: u16) -> u64 {
-        // Every driver has the first pair, and what waits for others of a tap goes when they are detached.
-        let is_first = pair == 0 && self.is_new.swap(false, Ordering::Relaxed);
-        if is_first { self.shared.backend.drop_waiting() } else { 0 }
     }
 
     /// The receive ring of a pair runs, or no longer does.
@@ -347,7 +336,6 @@ impl Device for NetDevice {
 
     fn new_session(&self) {
         self.forget_driver();
-        self.is_new.store(true, Ordering::Relaxed);
     }
 
     fn host_drops(&self) -> Option<u64> {
@@ -368,9 +356,7 @@ impl Device for NetDevice {
         match Role::of(index, features, self.shared.state.queue_pairs()) {
             Role::Receive(pair) => {
                 self.set_receiving(pair, true);
-                let stale = self.drop_stale(pair);
-                let receiver = Receiver::new(shared, pair, features, queue_size);
-                NetQueue::Receive(Box::new(receiver.behind(stale)))
+                NetQueue::Receive(Box::new(Receiver::new(shared, pair, features, queue_size)))
             }
             Role::Transmit(pair) => NetQueue::Transmit(Transmitter::new(shared, pair, features)),
             Role::Control => NetQueue::Control(Control::new(shared, features)),

@@ -26,8 +26,6 @@ pub(crate) enum Reason {
     Refused,
     /// It was held back when its ring stopped, or its pair fell out of use.
     Stopped,
-    /// It has waited in the interface's queue since before the guest was there.
-    Stale,
 }
 
 /// The reasons' names in metrics, by [`Reason::place`].
@@ -54,7 +52,6 @@ pub(crate) const DROPS: &[&str] = &[
     "host",
     "refused",
     "stopped",
-    "stale",
 ];
 
 /// Where the reasons of the driver's filter begin.
@@ -76,7 +73,6 @@ impl Reason {
             Self::Host => OTHERS + 5,
             Self::Refused => OTHERS + 6,
             Self::Stopped => OTHERS + 7,
-            Self::Stale => OTHERS + 8,
         }
     }
 }
@@ -114,10 +110,9 @@ mod tests {
             (Reason::Host, "host"),
             (Reason::Refused, "refused"),
             (Reason::Stopped, "stopped"),
-            (Reason::Stale, "stale"),
         ] {
             assert_eq!(DROPS[reason.place()], name);
         }
-        assert_eq!(Reason::Stale.place() + 1, DROPS.len());
+        assert_eq!(Reason::Stopped.place() + 1, DROPS.len());
     }
 }

@@ -67,8 +67,6 @@ pub(crate) struct Receiver {
     recorder: Option<Recorder>,
     /// How often the back end has failed in a row.
     failures: u32,
-    /// Frames that were dropped before the ring ran, and are to be counted.
-    stale: u64,
 }
 
 /// A frame that the driver is to have.
@@ -130,19 +128,11 @@ impl Receiver {
             list: Vec::new(),
             recorder: shared.recorder(),
             failures: 0,
-            stale: 0,
             shared,
         }
     }
 
-    /// So many frames were dropped that waited before.
-    pub(crate) fn behind(mut self, stale: u64) -> Self {
-        self.stale = stale;
-        self
-    }
-
     pub(crate) fn process(&mut self, io: &mut QueueIo<'_>) {
-        io.give_up_many(Reason::Stale.place(), std::mem::take(&mut self.stale));
         let pause = self.receive_frames(io);
         self.room.give_back(io);
         match pause {

@@ -210,16 +210,6 @@ impl Backend {
         }
     }
 
-    /// Drops frames that wait to be received, where they come with a virtio header: how many there were. Main thread only.
-    pub(crate) fn drop_waiting(&self) -> u64 {
-        match self {
-            Self::Tap(tap) => tap.drop_waiting(),
-            Self::Stream(_) | Self::Null(_) => 0,
-            #[cfg(test)]
-            Self::Simulated(simulated) => simulated.drop_waiting(),
-        }
-    }
-
     /// Readies the descriptor of one side for the newest opening of the back end, and says of which generation that is. A
     /// queue calls it, on its own thread, when the link has another generation than it knows.
     pub(crate) fn adopt(&self, side: Side) -> rustix::io::Result<u32> {

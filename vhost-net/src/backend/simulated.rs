@@ -28,8 +28,6 @@ struct Played {
     told: LinkEvent,
     attached: Vec<bool>,
     applied: Offloads,
-    /// Frames that nobody was there for.
-    waiting: u64,
     /// What every change is refused with.
     refusal: Option<Errno>,
 }
@@ -41,8 +39,7 @@ impl Simulated {
         link.set_up(true);
         let told = link.state();
         let attached = vec![false; usize::from(pairs)];
-        let applied = Offloads::default();
-        let played = Played { told, attached, applied, waiting: 0, refusal: None };
+        let played = Played { told, attached, applied: Offloads::default(), refusal: None };
         Self { offloads, is_stream: false, link, played: Mutex::new(played) }
     }
 
@@ -78,15 +75,6 @@ impl Simulated {
     /// What frames may be that are handed to the driver.
     pub(crate) fn applied(&self) -> Offloads {
         self.played().applied
-    }
-
-    /// So many frames have come that nobody was there for.
-    pub(crate) fn wait(&self, count: u64) {
-        self.played().waiting = count;
-    }
-
-    pub(super) fn drop_waiting(&self) -> u64 {
-        std::mem::take(&mut self.played().waiting)
     }
 
     pub(super) fn offloads(&self) -> Offloads {

@@ -47,10 +47,6 @@ const BUSY_LIMIT: Duration = Duration::from_secs(1);
 /// Pause before a tap that is in use is tried again.
 const BUSY_PAUSE: Duration = Duration::from_millis(10);
 
-/// Frames of a queue that are dropped at once: far more than one has by default (1000), and an end where they come
-/// faster than they are dropped.
-const WAITING_MAX: usize = 10_000;
-
 /// A tap or macvtap interface that is open.
 #[derive(Debug)]
 pub(crate) struct Tap {
@@ -408,16 +404,6 @@ impl Tap {
             Source::Tap { .. } => dropped.transmitted,
             Source::Macvtap(_) => dropped.received,
         })
-    }
-
-    /// Drops the frames that wait in all queues; how many there were.
-    pub(super) fn drop_waiting(&self) -> u64 {
-        // What of a frame finds no room is gone with it.
-        let drop_one = |queue: &Queue| rustix::io::read(&queue.receive, &mut [0; HEADER_BYTES]);
-        let drop_all = |queue| {
-            (0..WAITING_MAX).take_while(|_| drop_one(queue).is_ok_and(|read| read > 0)).count()
-        };
-        self.queues.iter().map(|queue| drop_all(queue) as u64).sum()
     }
 
     /// Opens the interface again, under the same numbers; false where there is none. Goes on where it failed before.

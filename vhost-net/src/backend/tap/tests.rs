@@ -307,28 +307,6 @@ fn offloads_are_those_that_the_kernel_takes() {
 }
 
 #[test]
-fn frames_that_wait_are_dropped_and_counted() {
-    in_namespace(|| {
-        let tap = open("tap=vm0", 2).unwrap();
-        ip("addr add 10.0.0.1/24 dev vm0");
-        ip("neigh add 10.0.0.2 lladdr 52:54:00:12:34:56 dev vm0");
-        let host = UdpSocket::bind("10.0.0.1:0").unwrap();
-        let [receive, _] = tap.files().next().unwrap();
-        // Others may be the host's own.
-        for _ in 0..7 {
-            host.send_to(&[0; 1400], "10.0.0.2:9").unwrap();
-        }
-        let dropped = tap.drop_waiting();
-        assert!((7..100).contains(&dropped), "{dropped}");
-        assert_eq!(tap.drop_waiting(), 0);
-        host.send_to(b"a datagram", "10.0.0.2:9").unwrap();
-        let mut buffer = [0; 2048];
-        let len = rustix::io::read(receive, &mut buffer).unwrap();
-        assert!(buffer[..len].ends_with(b"a datagram"), "it is the next one");
-    });
-}
-
-#[test]
 fn file_that_knows_no_offloads_has_none() {
     let null = std::fs::File::open("/dev/null").unwrap();
     assert_eq!(probe(null.as_fd()), Offloads::default());

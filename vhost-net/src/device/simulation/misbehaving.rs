@@ -5,7 +5,6 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::task::{Context, Waker};
 
-use common::device::Device;
 use common::engine::ChannelIndex;
 use common::simulation::{Driver, Guest, Layout, Random, Stage};
 use common::worker::WorkerEvent;
@@ -202,27 +201,6 @@ fn frame_that_the_kernel_refuses_is_no_fault_of_the_host() {
     bench.publish();
     assert!(bench.rest().is_empty(), "nothing is told");
     assert_eq!((bench.dropped("refused"), bench.dropped("host")), (1, 0));
-}
-
-#[test]
-fn frames_of_before_a_session_are_not_for_its_guest() {
-    let mode = Mode::plain();
-    let device = mode.device();
-    let shared = Arc::clone(&device.shared);
-    let Backend::Simulated(network) = shared.backend() else { unreachable!("it is simulated") };
-    device.new_session();
-    network.wait(3);
-    let mut bench = Bench::with(device, mode.features, 0, 16);
-    bench.rest();
-    assert_eq!(bench.dropped("stale"), 3);
-    // Those that come while its ring is stopped for a moment are.
-    network.wait(3);
-    bench.stage.stop(0);
-    bench.rest();
-    assert!(bench.stage.stopped(0).is_some());
-    bench.stage.start(0, bench.driver.setup(0)).expect("a ring");
-    bench.rest();
-    assert_eq!(bench.dropped("stale"), 3);
 }
 
 #[test]
