@@ -24,8 +24,8 @@ const ARP: u16 = 0x0806;
 const BRIDGE: &str = "br0";
 /// Long enough for segments to be lost and sent again, when something happens meanwhile.
 const LONG_ECHO: &str = "begin-echo 10.0.0.1 5 268435456";
-/// Datagrams that have room in the receiving socket, whoever is slow.
-const UNLOSABLE: &str = "--udp --bytes 96K --bitrate 10M";
+/// Datagrams that have room in the receiving socket, whoever is slow: it counts the pages that they are in.
+const UNLOSABLE: &str = "--udp --bytes 32K --bitrate 10M";
 /// Time in which all that was sent has long arrived, and been counted.
 const QUIET_LIMIT: Duration = Duration::from_secs(20);
 /// What is sent in a row: fewer than a ring or a tap takes.
