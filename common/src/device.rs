@@ -4,7 +4,8 @@
 //! without waiting; for each ring it opens a [`DeviceQueue`], which one worker
 //! owns. The runtime calls a queue when the driver has kicked it, when an operation has ended, and
 //! at the end of each turn; the queue answers through [`QueueIo`]: it *pops* chains, *submits* operations, and *finishes*
-//! chains. It makes no system call, takes no lock and waits for nothing.
+//! chains. For a chain it makes no system call but by that, takes no lock and waits for nothing; what is rare may: a
+//! network's queue that takes up a new connection, or carries out a command which changes the network.
 //!
 //! A queue pops for itself, because only it knows when a buffer is of use: a disk takes what there
 //! is, a network receives nothing until a frame has come, a console keeps a buffer until somebody

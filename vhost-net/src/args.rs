@@ -183,6 +183,7 @@ struct CommandLine {
     /// 1024, 1024² and so on bytes, and 1000, 1000² and so on frames; none for no limit. Frames over
     /// the limit wait, evenly spaced, and what does not find room meanwhile is dropped by the host.
     /// BURST is how much may come at once after a pause; without it, what the rate gives in 5 ms.
+    /// What is still to be segmented is one frame, however many it will be on the wire.
     /// The control socket changes limits while the daemon runs: {"command":"limit","rx":"frames=none"}.
     #[arg(
         long,
