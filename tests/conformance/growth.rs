@@ -14,7 +14,7 @@ use frontend::front_end::FrontEnd;
 use frontend::guest::{MemoryBy, Options};
 use frontend::memory::{GuestMemory, Shape};
 use frontend::message::{
-    HEADER_BYTES, TABLE, VHOST_USER_GET_FEATURES, VHOST_USER_NEED_REPLY_MASK,
+    HEADER_BYTES, RegionDescription, TABLE, VHOST_USER_GET_FEATURES, VHOST_USER_NEED_REPLY_MASK,
     VHOST_USER_SET_FEATURES, VHOST_USER_SET_MEM_TABLE, VHOST_USER_SET_OWNER,
     VHOST_USER_SET_VRING_CALL, VHOST_USER_SET_VRING_ERR, VHOST_USER_SET_VRING_KICK,
     VHOST_USER_VERSION, header, memory_table,
@@ -225,7 +225,9 @@ fn refusals_within_one_session() {
         let front_end = &driver.guest.front_end;
         let memory = &driver.guest.memory.regions()[0];
         let size = front_end.set_vring_num(0, 3);
-        let region = front_end.add_mem_reg(&memory.description(), memory.file());
+        let whole = memory.description();
+        let overlapping = RegionDescription { size_bytes: whole.size_bytes / 2, ..whole };
+        let region = front_end.add_mem_reg(&overlapping, memory.file());
         let many = vec![memory.file(); 31];
         let surplus = (VHOST_USER_SET_OWNER, VHOST_USER_NEED_REPLY_MASK);
         let surplus = reaction(front_end.wire(), surplus, &[], &many);
