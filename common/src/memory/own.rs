@@ -32,6 +32,9 @@ pub struct OwnMemory {
 
 // SAFETY: the allocation belongs to its holder, and is only reached through `HostBuffer`.
 unsafe impl Send for OwnMemory {}
+// SAFETY: as for `Send`; several threads may copy from and to it, as a guest's processors do with the guest's memory. Who
+// shares it has to see to it that what he reads is not being written.
+unsafe impl Sync for OwnMemory {}
 
 impl OwnMemory {
     /// Allocates some. The bytes are zero, so that no error ever shows a guest what had been there.

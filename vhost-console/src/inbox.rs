@@ -1,0 +1,80 @@
+//! What is on its way to the guest through one port: a queue of bytes.
+//!
+//! Contract: the main thread [pushes](Inbox::push), the port's receive queue [takes](Inbox::take); each in its own time, without a
+//! lock. It has room for [`INBOX_BYTES`]: who finds it full waits, and so does whoever typed, so that what a guest does not
+//! read costs no more than this.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use common::memory::OwnMemory;
+use common::virtqueue::Buffers;
+
+/// Room for what the guest has yet to read. As much as a socket holds; a guest's buffers are pages.
+pub(crate) const INBOX_BYTES: u64 = 64 << 10;
+
+/// See the module's head.
+pub(crate) struct Inbox {
+    memory: OwnMemory,
+    /// Bytes that were ever pushed.
+    pushed: AtomicU64,
+    /// Bytes that were ever taken.
+    taken: AtomicU64,
+}
+
+impl Inbox {
+    pub(crate) fn new() -> Self {
+        Self {
+            memory: OwnMemory::new(INBOX_BYTES as usize),
+            pushed: AtomicU64::new(0),
+            taken: AtomicU64::new(0),
+        }
+    }
+
+    /// Bytes that wait.
+    pub(crate) fn len_bytes(&self) -> usize {
+        // Taken first: what is taken meanwhile must not be more than what was pushed.
+        let taken = self.taken.load(Ordering::Acquire);
+        (self.pushed.load(Ordering::Acquire) - taken) as usize
+    }
+
+    /// Bytes that it has ever been given.
+    pub(crate) fn pushed_bytes(&self) -> u64 {
+        self.pushed.load(Ordering::Relaxed)
+    }
+
+    /// Bytes that find room. On the main thread.
+    pub(crate) fn room(&self) -> usize {
+        INBOX_BYTES as usize - self.len_bytes()
+    }
+
+    /// Puts bytes in, as far as there is room; how many. On the main thread.
+    pub(crate) fn push(&self, from: &[u8]) -> usize {
+        let count = from.len().min(self.room());
+        let pushed = self.pushed.load(Ordering::Relaxed);
+        let place = (pushed % INBOX_BYTES) as usize;
+        let first = self.memory.buffer().write(place, &from[..count]);
+        self.memory.buffer().write(0, &from[first..count]);
+        // Pairs with the acquire in `len_bytes` as the queue calls it: the bytes are visible before they are counted.
+        self.pushed.store(pushed + count as u64, Ordering::Release);
+        count
+    }
+
+    /// Takes bytes out, as far as there are any and `into` has room; how many. By the receive queue, or by the main thread
+    /// while there is none.
+    pub(crate) fn take(&self, into: Buffers<'_>) -> usize {
+        let count = self.len_bytes().min(into.len_bytes());
+        let taken = self.taken.load(Ordering::Relaxed);
+        let place = (taken % INBOX_BYTES) as usize;
+        let memory = self.memory.buffer();
+        let parts = [memory.slice(place, count), memory];
+        into.copy_from(Buffers::new(&parts).slice(0, count));
+        // Pairs with the acquire in `len_bytes` as the main thread calls it: the bytes are read before they are overwritten.
+        self.taken.store(taken + count as u64, Ordering::Release);
+        count
+    }
+
+    /// Throws away what waits: it was for another guest. No receive queue is there.
+    pub(crate) fn clear(&self) {
+        self.taken.store(self.pushed.load(Ordering::Relaxed), Ordering::Release);
+    }
+}
