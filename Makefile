@@ -4,7 +4,7 @@ PRODUCTS := $(or $(CARGO_TARGET_DIR),target)
 
 .PHONY: help
 help:
-	@echo 'make run        boot a Linux guest whose root disk and network our daemons serve, and get its console'
+	@echo 'make run        boot a Linux guest whose root disk, network and console our daemons serve, and get it'
 	@echo 'make test-fast  unit tests, conformance, an independent front end, User-Mode Linux guests'
 	@echo 'make test       everything that a change must pass'
 	@echo 'make fuzz       fuzz each target for 20 s (TIME=seconds, TARGET=one of them)'
@@ -14,8 +14,8 @@ help:
 
 .PHONY: run
 run: rig
-	cargo build --release -p vhost-blk -p vhost-net
-	@tests/rig/run $(PRODUCTS)/release/vhost-blk $(PRODUCTS)/release/vhost-net
+	cargo build --release -p vhost-blk -p vhost-net -p vhost-console
+	@tests/rig/run $(addprefix $(PRODUCTS)/release/,vhost-blk vhost-net vhost-console)
 
 .PHONY: test
 test:

@@ -24,10 +24,11 @@ fn console_at_a_terminal_takes_commands_until_poweroff() {
     let run = Path::new(env!("CARGO_MANIFEST_DIR")).join("rig/run");
     let mut command = Command::new("script");
     command
-        .args(["--quiet", "--return", "--command", r#"exec "$RUN" "$DISK" "$NET""#, "/dev/null"])
+        .args(["--quiet", "--return", "--command", r#"exec "$RUN" "$DISK" "$NET" "$CONSOLE""#, "/dev/null"])
         .env("RUN", run)
         .env("DISK", program("vhost-blk"))
         .env("NET", program("vhost-net"))
+        .env("CONSOLE", program("vhost-console"))
         .env("SHELL", "/bin/sh")
         .env("TMPDIR", directory.path());
     let mut machine = Machine::start(command, LIMIT);
