@@ -24,7 +24,13 @@ fn console_at_a_terminal_takes_commands_until_poweroff() {
     let run = Path::new(env!("CARGO_MANIFEST_DIR")).join("rig/run");
     let mut command = Command::new("script");
     command
-        .args(["--quiet", "--return", "--command", r#"exec "$RUN" "$DISK" "$NET" "$CONSOLE""#, "/dev/null"])
+        .args([
+            "--quiet",
+            "--return",
+            "--command",
+            r#"exec "$RUN" "$DISK" "$NET" "$CONSOLE""#,
+            "/dev/null",
+        ])
         .env("RUN", run)
         .env("DISK", program("vhost-blk"))
         .env("NET", program("vhost-net"))

@@ -134,8 +134,14 @@ impl Shared {
 
     /// Takes the port out of a place.
     pub(crate) fn unplug(&self, id: u16) {
-        self.ports[usize::from(id)].set_takes_output(false);
+        let port = &self.ports[usize::from(id)];
+        port.set_takes_output(false);
         self.converse(|conversation| conversation.unplug(id));
+        // Where there are no control messages, whatever is plugged in is open.
+        if self.shape.has_several_ports {
+            port.set_guest_open(false);
+        }
+        port.inbox().clear();
     }
 
     /// There is somebody at the host's end of a port, or no longer: the guest is told, and may write or not.
@@ -177,6 +183,9 @@ impl Shared {
     }
 }
 
+/// No driver has acknowledged any features; no driver acknowledges these.
+const NOT_YET: u64 = u64::MAX;
+
 /// A console as a virtio device.
 pub(crate) struct ConsoleDevice {
     shared: Arc<Shared>,
@@ -186,7 +195,7 @@ pub(crate) struct ConsoleDevice {
 
 impl ConsoleDevice {
     pub(crate) fn new(shared: Arc<Shared>) -> Self {
-        Self { shared, acknowledged: AtomicU64::new(0) }
+        Self { shared, acknowledged: AtomicU64::new(NOT_YET) }
     }
 
     /// A driver has acknowledged `features`. Without control messages ports are open.
@@ -200,7 +209,7 @@ impl ConsoleDevice {
     }
 
     fn forget_driver(&self) {
-        self.acknowledged.store(0, Ordering::Relaxed);
+        self.acknowledged.store(NOT_YET, Ordering::Relaxed);
         self.shared.converse(Conversation::restart);
         for port in &self.shared.ports {
             port.set_guest_open(false);

@@ -13,13 +13,15 @@ pub(crate) enum Drop {
     UnknownMessage,
     /// About a port that there is not.
     UnknownPort,
+    /// The driver could not make a port.
+    PortFailed,
     /// A control message to the driver that its buffer has no room for.
     SmallBuffer,
 }
 
 /// The names of [`Drop`]s in metrics.
 pub(crate) const DROPS: &[&str] =
-    &["no_room", "short_message", "unknown_message", "unknown_port", "small_buffer"];
+    &["no_room", "short_message", "unknown_message", "unknown_port", "port_failed", "small_buffer"];
 
 impl Drop {
     /// Counts one.

@@ -19,6 +19,8 @@ pub(crate) struct Inbox {
     pushed: AtomicU64,
     /// Bytes that were ever taken.
     taken: AtomicU64,
+    /// Bytes up to which nobody is to get them any more.
+    void: AtomicU64,
 }
 
 impl Inbox {
@@ -27,14 +29,20 @@ impl Inbox {
             memory: OwnMemory::new(INBOX_BYTES as usize),
             pushed: AtomicU64::new(0),
             taken: AtomicU64::new(0),
+            void: AtomicU64::new(0),
         }
     }
 
     /// Bytes that wait.
     pub(crate) fn len_bytes(&self) -> usize {
         // Taken first: what is taken meanwhile must not be more than what was pushed.
-        let taken = self.taken.load(Ordering::Acquire);
-        (self.pushed.load(Ordering::Acquire) - taken) as usize
+        let gone = self.gone();
+        (self.pushed.load(Ordering::Acquire) - gone) as usize
+    }
+
+    /// Bytes that do not wait any more.
+    fn gone(&self) -> u64 {
+        self.taken.load(Ordering::Acquire).max(self.void.load(Ordering::Acquire))
     }
 
     /// Bytes that it has ever been given.
@@ -59,11 +67,11 @@ impl Inbox {
         count
     }
 
-    /// Takes bytes out, as far as there are any and `into` has room; how many. By the receive queue, or by the main thread
-    /// while there is none.
+    /// Takes bytes out, as far as there are any and `into` has room; how many. By the receive queue.
     pub(crate) fn take(&self, into: Buffers<'_>) -> usize {
-        let count = self.len_bytes().min(into.len_bytes());
-        let taken = self.taken.load(Ordering::Relaxed);
+        let taken = self.gone();
+        let waiting = (self.pushed.load(Ordering::Acquire) - taken) as usize;
+        let count = waiting.min(into.len_bytes());
         let place = (taken % INBOX_BYTES) as usize;
         let memory = self.memory.buffer();
         let parts = [memory.slice(place, count), memory];
@@ -73,8 +81,8 @@ impl Inbox {
         count
     }
 
-    /// Throws away what waits: it was for another guest. No receive queue is there.
+    /// Throws away what waits: it was for another guest, or another port. On the main thread.
     pub(crate) fn clear(&self) {
-        self.taken.store(self.pushed.load(Ordering::Relaxed), Ordering::Release);
+        self.void.store(self.pushed.load(Ordering::Relaxed), Ordering::Release);
     }
 }
