@@ -17,6 +17,7 @@ use crate::config::{
 use crate::control::{Conversation, FromDriver, Order, ToDriver};
 use crate::doorbell::Doorbell;
 use crate::drops::DROPS;
+use crate::hub::Hub;
 use crate::input::Receiver;
 use crate::output::Transmitter;
 use crate::port::Port;
@@ -189,13 +190,18 @@ const NOT_YET: u64 = u64::MAX;
 /// A console as a virtio device.
 pub(crate) struct ConsoleDevice {
     shared: Arc<Shared>,
+    hub: Hub,
     /// What the driver has acknowledged, as the rings that were started last have it.
     acknowledged: AtomicU64,
 }
 
 impl ConsoleDevice {
     pub(crate) fn new(shared: Arc<Shared>) -> Self {
-        Self { shared, acknowledged: AtomicU64::new(NOT_YET) }
+        Self { hub: Hub::new(Arc::clone(&shared)), shared, acknowledged: AtomicU64::new(NOT_YET) }
+    }
+
+    pub(crate) fn hub(&self) -> &Hub {
+        &self.hub
     }
 
     /// A driver has acknowledged `features`. Without control messages ports are open.
@@ -304,6 +310,7 @@ impl Device for ConsoleDevice {
         tokio::select! {
             never = resized => never,
             never = emergency => never,
+            never = self.hub.run() => never,
         }
     }
 }

@@ -105,6 +105,11 @@ impl Transcript {
         self.end.load(Ordering::Acquire) > cursor.0
     }
 
+    /// Bytes that come after `cursor`.
+    pub(crate) fn unread_bytes(&self, cursor: Cursor) -> u64 {
+        self.end.load(Ordering::Acquire).saturating_sub(cursor.0)
+    }
+
     /// Copies what comes next to `into`, and moves the cursor behind it.
     pub(crate) fn read(&self, cursor: &mut Cursor, into: &mut [u8]) -> Read {
         // Pairs with the release in `append`: the bytes before the end are visible.

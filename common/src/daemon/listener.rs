@@ -22,9 +22,8 @@ use rustix::fs::Mode;
 use thiserror::Error;
 
 pub use inherited::{duplicate, release};
-pub use socket_file::SocketFile;
+pub use socket_file::{Access, SocketFile};
 
-use self::socket_file::Access;
 use super::options::DaemonOptions;
 
 /// The name under which a service manager passes the control socket (`FileDescriptorName=control`).
@@ -237,7 +236,18 @@ impl Claim<'_> {
 /// # Errors
 /// As for the daemon's own sockets.
 pub fn listen_private(option: &'static str, path: &Path) -> Result<Listener, ListenError> {
-    let access = Access { mode: Mode::RUSR | Mode::WUSR, group: None };
+    listen_for(option, path, Access { mode: Mode::RUSR | Mode::WUSR, group: None })
+}
+
+/// Creates a socket at `path` for a device that waits for peers there, which `access` says who can be.
+///
+/// # Errors
+/// As for the daemon's own sockets.
+pub fn listen_for(
+    option: &'static str,
+    path: &Path,
+    access: Access,
+) -> Result<Listener, ListenError> {
     socket_file::listen_at(&Origin::Device(option), path, access)
 }
 

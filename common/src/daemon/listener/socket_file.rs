@@ -29,10 +29,11 @@ const BACKLOG: i32 = 128;
 
 /// Who may connect.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Access {
-    pub(super) mode: Mode,
-    /// None: the group that the system gives a new file.
-    pub(super) group: Option<Gid>,
+pub struct Access {
+    /// The mode of the socket's file.
+    pub mode: Mode,
+    /// Its group. None: the one that the system gives a new file.
+    pub group: Option<Gid>,
 }
 
 /// The file of a socket that this process created. Dropping it removes the file, unless something
@@ -105,12 +106,16 @@ pub(super) fn listen_at(
     })?;
     let file = SocketFile::at(path).map_err(failed("open the new socket"))?;
     rustix::net::listen(&socket, BACKLOG).map_err(failed("listen on"))?;
+    let (set_group, set_mode) = match origin {
+        Origin::Device(_) => ("set the group of", "set the mode of"),
+        _ => ("set the group (--socket-group) of", "set the mode (--socket-mode) of"),
+    };
     // The group before the mode: in the other order the old group could connect in between.
     if let Some(group) = access.group {
         rustix::fs::chownat(CWD, path, None, Some(group), AtFlags::SYMLINK_NOFOLLOW)
-            .map_err(failed("set the group (--socket-group) of"))?;
+            .map_err(failed(set_group))?;
     }
-    rustix::fs::chmod(path, access.mode).map_err(failed("set the mode (--socket-mode) of"))?;
+    rustix::fs::chmod(path, access.mode).map_err(failed(set_mode))?;
     Ok(Listener { socket: UnixListener::from(socket), file: Some(file) })
 }
 

@@ -1,0 +1,137 @@
+//! What is at the host's end of a port.
+//!
+//! Contract: [`Endpoint::open`] makes every system call that can fail for the operator's reasons, and its errors name the
+//! endpoint, what it was to open and the likely cause. [`Endpoint::serve`] moves the bytes, on the main thread, until it is
+//! dropped. An endpoint never blocks: nobody on the main thread waits but for the runtime.
+//!
+//! The same words mean different things at a console and at a data port. At a console people look on, for whom nobody
+//! waits; at a data port a program is at the other end, which gets every byte. Logs get every byte of both.
+
+pub(crate) mod at;
+mod client;
+mod door;
+mod pty;
+mod stream;
+mod viewers;
+mod wire;
+
+use std::convert::Infallible;
+use std::io;
+use std::path::PathBuf;
+
+use common::daemon::listener::ListenError;
+use serde_json::{Value, json};
+use thiserror::Error;
+
+pub(crate) use at::At;
+
+use self::client::Client;
+use self::pty::Pty;
+use self::stream::Stream;
+use self::viewers::Viewers;
+use crate::port_spec::EndpointSpec;
+
+/// Why an endpoint cannot be opened.
+#[derive(Debug, Error)]
+pub(crate) enum OpenError {
+    /// The socket cannot be made.
+    #[error(transparent)]
+    Listen(ListenError),
+    /// A step on the way to a terminal failed.
+    #[error("endpoint=pty: cannot {step}")]
+    Pty { step: &'static str, source: io::Error },
+    /// Something that is not ours to replace is where the link is to be.
+    #[error(
+        "endpoint=pty:LINK: {link:?} exists, and is no link to a terminal that is gone; it is left as it is"
+    )]
+    LinkTaken { link: PathBuf },
+    /// A step on the way to a terminal's link failed.
+    #[error("endpoint=pty:LINK: cannot {step} {link:?}")]
+    Link { link: PathBuf, step: &'static str, source: io::Error },
+    /// What was passed, or standard input and output, cannot be used.
+    #[error(
+        "endpoint={endpoint}: cannot use the descriptor {fd} (is it open, and passed without close-on-exec?)"
+    )]
+    Descriptor { endpoint: String, fd: i32, source: io::Error },
+    /// It is not what the operator means.
+    #[error("endpoint={endpoint}: the descriptor {fd} is one that the daemon has opened itself")]
+    OwnDescriptor { endpoint: String, fd: i32 },
+}
+
+/// See the module's head.
+#[derive(Debug)]
+pub(crate) enum Endpoint {
+    Viewers(Viewers),
+    Client(Client),
+    Pty(Pty),
+    Stream(Stream),
+    /// Nothing: what the guest puts out is only kept for who comes later.
+    Null,
+}
+
+impl Endpoint {
+    pub(crate) fn open(spec: &EndpointSpec, is_console: bool) -> Result<Self, OpenError> {
+        match spec {
+            EndpointSpec::Unix { path, mode, group } if is_console => {
+                Viewers::open(path, *mode, *group).map(Self::Viewers)
+            }
+            EndpointSpec::Unix { path, mode, group } => {
+                Client::open(path, *mode, *group).map(Self::Client)
+            }
+            EndpointSpec::Pty { link } => Pty::open(link.as_deref()).map(Self::Pty),
+            EndpointSpec::Stdio => Stream::stdio().map(Self::Stream),
+            EndpointSpec::Fd(fd) => Stream::passed(*fd).map(Self::Stream),
+            EndpointSpec::Null => Ok(Self::Null),
+            EndpointSpec::File(_) | EndpointSpec::Cast { .. } => Ok(Self::Null),
+        }
+    }
+
+    /// Moves the bytes.
+    pub(crate) async fn serve(&self, at: &At) -> Infallible {
+        match self {
+            Self::Viewers(viewers) => viewers.serve(at).await,
+            Self::Client(client) => client.serve(at).await,
+            Self::Pty(pty) => pty.serve(at).await,
+            Self::Stream(stream) => stream.serve(at).await,
+            Self::Null => std::future::pending().await,
+        }
+    }
+
+    /// Whether the guest finds the port closed while nobody is at this endpoint of a data port.
+    pub(crate) fn has_clients(&self) -> bool {
+        matches!(self, Self::Client(_) | Self::Pty(_))
+    }
+
+    /// Its port is removed: makes way for another endpoint of the same name.
+    pub(crate) fn close(&self) {
+        match self {
+            Self::Viewers(viewers) => viewers.close(),
+            Self::Client(client) => client.close(),
+            Self::Pty(pty) => pty.close(),
+            Self::Stream(stream) => stream.close(),
+            Self::Null => {}
+        }
+    }
+
+    /// Opens anew what is opened by name: it may have been moved away.
+    pub(crate) fn reopen(&self) {}
+
+    /// For the operator.
+    pub(crate) fn describe(&self) -> Value {
+        match self {
+            Self::Viewers(viewers) => viewers.describe(),
+            Self::Client(client) => client.describe(),
+            Self::Pty(pty) => pty.describe(),
+            Self::Stream(stream) => stream.describe(),
+            Self::Null => json!({ "kind": "null" }),
+        }
+    }
+
+    /// Those who look on, where this is for such.
+    pub(crate) fn viewers(&self) -> Option<&Viewers> {
+        match self {
+            Self::Viewers(viewers) => Some(viewers),
+            _ => None,
+        }
+    }
+}

@@ -1,0 +1,264 @@
+//! `endpoint=pty[:LINK]`: a pseudo-terminal, for programs that want a device to open (screen, minicom, picocom).
+//!
+//! Contract: the terminal is there from the beginning, raw, under the name that the kernel gave it and, if wanted, a link
+//! that goes with the endpoint. Whether somebody has it open is noticed without looking time and again: when the last
+//! one closes it the kernel says that the line is hung up, and when the next one opens it a watch on its file does. At
+//! a console who opens it is shown what a viewer is, and may type; at a data port he is the client.
+//!
+//! Nothing is written while nobody has it open: the next one would read it as news.
+
+use std::convert::Infallible;
+use std::ffi::OsStr;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{CWD, Mode, OFlags, inotify};
+use rustix::io::Errno;
+use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+use rustix::termios::{OptionalActions, QueueSelector, tcflush, tcgetattr, tcsetattr};
+use serde_json::{Value, json};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use tokio::sync::Notify;
+use tokio::time::sleep;
+use tracing::{info, warn};
+
+use super::OpenError;
+use super::at::At;
+use super::client::{End, converse};
+use super::wire::{Wire, hear, show};
+use crate::watch::watch;
+
+/// Where the kernel has its terminals.
+const TERMINALS: &str = "/dev/pts/";
+
+/// Pause after there were no descriptors left, in general, which would be so again at once.
+const PAUSE: Duration = Duration::from_secs(1);
+
+/// Room for the events that are thrown away: it is enough that there were some.
+const EVENTS_BYTES: usize = 4096;
+
+/// See the module's head.
+#[derive(Debug)]
+pub(crate) struct Pty {
+    /// Our end.
+    line: OwnedFd,
+    /// The other end's file.
+    path: PathBuf,
+    link: Option<PathBuf>,
+    link_file: Mutex<Option<Link>>,
+    /// Readable when the other end was opened.
+    openings: OwnedFd,
+    is_open: AtomicBool,
+    lost_bytes: AtomicU64,
+}
+
+/// A link to a terminal, which goes when this is dropped, unless something else has taken its place.
+#[derive(Debug)]
+struct Link {
+    path: PathBuf,
+    terminal: PathBuf,
+}
+
+impl Link {
+    fn new(path: &Path, terminal: &Path) -> Result<Self, OpenError> {
+        let failed = |step| {
+            move |source: Errno| OpenError::Link {
+                link: path.to_owned(),
+                step,
+                source: source.into(),
+            }
+        };
+        match target(path) {
+            Err(Errno::NOENT) => {}
+            Ok(old) if old == terminal || is_gone(&old) => {
+                rustix::fs::unlink(path).map_err(failed("remove the stale link"))?;
+            }
+            Ok(_) | Err(Errno::INVAL) => {
+                return Err(OpenError::LinkTaken { link: path.to_owned() });
+            }
+            Err(errno) => return Err(failed("look at")(errno)),
+        }
+        rustix::fs::symlink(terminal, path).map_err(failed("create"))?;
+        Ok(Self { path: path.to_owned(), terminal: terminal.to_owned() })
+    }
+}
+
+/// A terminal whose other end is closed has no file.
+fn is_gone(target: &Path) -> bool {
+    target.starts_with(TERMINALS) && matches!(rustix::fs::lstat(target), Err(Errno::NOENT))
+}
+
+fn target(link: &Path) -> Result<PathBuf, Errno> {
+    let target = rustix::fs::readlinkat(CWD, link, Vec::new())?;
+    Ok(PathBuf::from(OsStr::from_bytes(target.as_bytes())))
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        if target(&self.path).as_ref() != Ok(&self.terminal) {
+            return;
+        }
+        if let Err(cause) = rustix::fs::unlink(&self.path) {
+            warn!(%cause, "the link {:?} cannot be removed", self.path);
+        }
+    }
+}
+
+impl Pty {
+    pub(crate) fn open(link: Option<&Path>) -> Result<Self, OpenError> {
+        let failed = |step| move |source: Errno| OpenError::Pty { step, source: source.into() };
+        let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
+        let line = openpt(flags).map_err(failed("open a pseudo-terminal"))?;
+        grantpt(&line).map_err(failed("have the terminal for ourselves"))?;
+        unlockpt(&line).map_err(failed("unlock the terminal"))?;
+        let flags = rustix::fs::fcntl_getfl(&line).map_err(failed("look at the terminal"))?;
+        rustix::fs::fcntl_setfl(&line, flags | OFlags::NONBLOCK)
+            .map_err(failed("look at the terminal"))?;
+        let name = ptsname(&line, Vec::new()).map_err(failed("find the terminal's name"))?;
+        let path = PathBuf::from(OsStr::from_bytes(name.as_bytes()));
+        set_raw(&path).map_err(failed("set the terminal raw"))?;
+        // After we have opened and closed it ourselves: the line is hung up from here on until somebody comes.
+        let openings =
+            inotify::init(inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK)
+                .map_err(failed("watch a file"))?;
+        inotify::add_watch(&openings, &path, inotify::WatchFlags::OPEN)
+            .map_err(failed("watch the terminal"))?;
+        let link_file = link.map(|link| Link::new(link, &path)).transpose()?;
+        info!("terminal {}", path.display());
+        Ok(Self {
+            line,
+            path,
+            link: link.map(Path::to_owned),
+            link_file: Mutex::new(link_file),
+            openings,
+            is_open: AtomicBool::new(false),
+            lost_bytes: AtomicU64::new(0),
+        })
+    }
+
+    pub(crate) fn close(&self) {
+        self.link_file.lock().unwrap_or_else(PoisonError::into_inner).take();
+    }
+
+    pub(crate) fn describe(&self) -> Value {
+        json!({
+            "kind": "pty",
+            "path": self.path,
+            "link": self.link,
+            "open": self.is_open.load(Ordering::Relaxed),
+            "lost_bytes": self.lost_bytes.load(Ordering::Relaxed),
+        })
+    }
+
+    pub(crate) async fn serve(&self, at: &At) -> Infallible {
+        let openings =
+            self.openings.try_clone().and_then(|openings| watch(openings, Interest::READABLE));
+        let openings = match openings {
+            Ok(openings) => openings,
+            Err(cause) => {
+                warn!(%cause, "the terminal {:?} cannot be served", self.path);
+                return std::future::pending().await;
+            }
+        };
+        loop {
+            tokio::select! {
+                biased;
+                () = self.opened(&openings) => {}
+                never = closed_to_guest(at) => match never {},
+            }
+            self.is_open.store(true, Ordering::Relaxed);
+            info!("terminal {} opened", self.path.display());
+            // Made anew each time: to the runtime a hang-up is for ever.
+            match self.line.try_clone().and_then(Wire::new) {
+                Ok(wire) if at.is_console() => self.show_console(at, &wire, &openings).await,
+                Ok(wire) => {
+                    let end = End { is_with_input: true, successor: self.opened(&openings) };
+                    let lost_bytes = converse(at, &wire, end).await;
+                    self.lost_bytes.fetch_add(lost_bytes, Ordering::Relaxed);
+                }
+                Err(cause) => {
+                    warn!(%cause, "the terminal {:?} cannot be served", self.path);
+                    sleep(PAUSE).await;
+                }
+            }
+            self.is_open.store(false, Ordering::Relaxed);
+            info!("terminal {} closed", self.path.display());
+            // What nobody has read there is not for the next one.
+            if let Err(cause) = tcflush(&self.line, QueueSelector::OFlush) {
+                warn!(%cause, "the terminal {:?} cannot be cleared", self.path);
+            }
+        }
+    }
+
+    /// Waits until somebody has the other end open.
+    async fn opened(&self, openings: &AsyncFd<OwnedFd>) {
+        while is_hung_up(&self.line) {
+            let Ok(mut ready) = openings.readable().await else {
+                return std::future::pending().await;
+            };
+            let clear = |events: &AsyncFd<OwnedFd>| {
+                Ok(rustix::io::read(events.get_ref(), &mut [0; EVENTS_BYTES])?)
+            };
+            // One event or many: what counts is the line.
+            let _ = ready.try_io(clear);
+        }
+    }
+
+    /// Serves who has the terminal open until the last one has closed it.
+    async fn show_console(&self, at: &At, wire: &Wire, openings: &AsyncFd<OwnedFd>) {
+        let replay = at.port().transcript().replay();
+        let is_silent = Notify::new();
+        let looks_on = async {
+            tokio::select! {
+                _ = show(at, replay, wire, &self.lost_bytes) => {}
+                () = wire.hung_up() => {}
+                () = is_silent.notified() => {}
+            }
+        };
+        let types = async {
+            // It fails where the line is hung up: all that was typed has been read by then.
+            let _ = hear(at, wire, || true).await;
+            is_silent.notify_one();
+        };
+        tokio::pin!(types);
+        tokio::select! {
+            () = looks_on => {
+                tokio::select! {
+                    () = types => {}
+                    // What is left of it is read with what the next one types.
+                    () = self.opened(openings) => {}
+                }
+            }
+            () = &mut types => {}
+        }
+    }
+}
+
+/// Once nobody has it open, tells the guest of a data port.
+async fn closed_to_guest(at: &At) -> Infallible {
+    if !at.is_console() {
+        at.tell_closed().await;
+    }
+    std::future::pending().await
+}
+
+/// So that bytes are what they are from the first opening on. Settings last while our end is open.
+fn set_raw(terminal: &Path) -> Result<(), Errno> {
+    let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC;
+    let terminal = rustix::fs::open(terminal, flags, Mode::empty())?;
+    let mut settings = tcgetattr(&terminal)?;
+    settings.make_raw();
+    tcsetattr(&terminal, OptionalActions::Now, &settings)
+}
+
+fn is_hung_up(line: impl AsFd) -> bool {
+    let mut fds = [PollFd::new(&line, PollFlags::empty())];
+    poll(&mut fds, Some(&Timespec::default())).is_ok()
+        && fds.iter().any(|fd| fd.revents().contains(PollFlags::HUP))
+}

@@ -1,0 +1,267 @@
+//! The hub: which port is plugged in at which place, and the endpoints at its host's end.
+//!
+//! Contract: all of it happens on the main thread. [`Hub::run`] moves the bytes of all endpoints, each in a task of its own, and
+//! wakes them when a queue has news. Ports are [plugged](Hub::plug) and [unplugged](Hub::unplug) at any time, before it
+//! runs or meanwhile. A port is opened to the guest when its endpoints are ready for the first byte.
+
+use std::convert::Infallible;
+use std::os::fd::AsFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use serde_json::{Value, json};
+use thiserror::Error;
+use tokio::io::Interest;
+use tokio::sync::Notify;
+use tokio::task::{AbortHandle, LocalSet, spawn_local};
+use tracing::{error, info};
+
+use crate::config::Size;
+use crate::device::{Plugged, Shared};
+use crate::endpoint::{At, Endpoint, OpenError};
+use crate::port_spec::PortSpec;
+use crate::watch::watch;
+
+/// See the module's head.
+pub(crate) struct Hub {
+    shared: Arc<Shared>,
+    /// Only the main thread takes this lock.
+    places: Mutex<Vec<Option<Plug>>>,
+    /// A port was plugged: its endpoints are to be served.
+    plugged: Notify,
+}
+
+/// A port that is plugged in.
+struct Plug {
+    name: Option<String>,
+    is_console: bool,
+    /// What was given to the ports before it at this place.
+    pushed_before: u64,
+    at: At,
+    endpoints: Vec<Arc<Endpoint>>,
+    /// None until they are served.
+    tasks: Option<Vec<AbortHandle>>,
+}
+
+/// Why a port cannot be plugged in.
+#[derive(Debug, Error)]
+pub(crate) enum PlugError {
+    #[error("there is a port {id} already")]
+    Taken { id: u16 },
+    #[error("there is no place {id} for a port: they are 0 to {last}")]
+    NoPlace { id: u16, last: u16 },
+    #[error("all {ports_max} places for ports are taken")]
+    Full { ports_max: u16 },
+    #[error("there is a port with the name {name:?} already")]
+    SameName { name: String },
+    #[error(transparent)]
+    Endpoint(OpenError),
+}
+
+/// There is no such port.
+#[derive(Debug, Error)]
+#[error("there is no port {0:?}")]
+pub(crate) struct NoPort(String);
+
+impl Hub {
+    pub(crate) fn new(shared: Arc<Shared>) -> Self {
+        let places = shared.ports().iter().map(|_| None).collect();
+        Self { shared, places: Mutex::new(places), plugged: Notify::new() }
+    }
+
+    /// Opens a port's endpoints, and plugs it in; at which place.
+    pub(crate) fn plug(&self, spec: &PortSpec) -> Result<u16, PlugError> {
+        let id = self.free_place(spec)?;
+        let open = |endpoint| Endpoint::open(endpoint, spec.is_console).map(Arc::new);
+        let endpoints = spec.endpoints.iter().map(open).collect::<Result<Vec<_>, _>>();
+        let endpoints = endpoints.map_err(PlugError::Endpoint)?;
+        let at = At::new(Arc::clone(&self.shared), id, spec.is_console);
+        let pushed_before = at.port().inbox().pushed_bytes();
+        let (name, is_console) = (spec.name.clone(), spec.is_console);
+        let size = self.shared.shape().size;
+        self.shared.plug(id, Plugged { name: name.clone(), is_console, size });
+        info!(id, name, is_console, "port plugged in");
+        let plug = Plug { name, is_console, pushed_before, at, endpoints, tasks: None };
+        if let Some(place) = self.places().get_mut(usize::from(id)) {
+            *place = Some(plug);
+        }
+        self.plugged.notify_one();
+        Ok(id)
+    }
+
+    /// Takes a port out, with its endpoints; which one.
+    pub(crate) fn unplug(&self, port: &str) -> Result<u16, NoPort> {
+        let id = self.find(port)?;
+        let plug = self.places().get_mut(usize::from(id)).and_then(Option::take);
+        self.shared.unplug(id);
+        if let Some(plug) = plug {
+            plug.tasks.iter().flatten().for_each(AbortHandle::abort);
+            // A task lives until the runtime has its next turn. What is opened by name is free now.
+            plug.endpoints.iter().for_each(|endpoint| endpoint.close());
+            info!(id, name = plug.name, "port taken out");
+        }
+        Ok(id)
+    }
+
+    /// The port that is called so, or has this number.
+    pub(crate) fn find(&self, port: &str) -> Result<u16, NoPort> {
+        let places = self.places();
+        let is_called = |plug: &Option<Plug>| {
+            plug.as_ref().is_some_and(|plug| plug.name.as_deref() == Some(port))
+        };
+        let by_number = || {
+            let number = port.parse::<usize>().ok()?;
+            places.get(number)?.as_ref().map(|_| number)
+        };
+        let found = places.iter().position(is_called).or_else(by_number);
+        found.and_then(|id| u16::try_from(id).ok()).ok_or_else(|| NoPort(port.to_owned()))
+    }
+
+    /// Whether people are at the other end of a port.
+    pub(crate) fn is_console(&self, id: u16) -> bool {
+        let places = self.places();
+        places.get(usize::from(id)).and_then(Option::as_ref).is_some_and(|plug| plug.is_console)
+    }
+
+    /// What a port is called.
+    pub(crate) fn name(&self, id: u16) -> Option<String> {
+        self.places().get(usize::from(id)).and_then(Option::as_ref)?.name.clone()
+    }
+
+    /// A console has another size.
+    pub(crate) fn set_size(&self, id: u16, size: Size) {
+        self.shared.set_size(id, size);
+    }
+
+    /// Opens logs anew: they may have been moved away.
+    pub(crate) fn reopen(&self) {
+        for plug in self.places().iter().flatten() {
+            plug.endpoints.iter().for_each(|endpoint| endpoint.reopen());
+        }
+    }
+
+    /// All ports, for the operator.
+    pub(crate) fn describe(&self) -> Value {
+        self.places().iter().flatten().map(|plug| self.describe_plug(plug)).collect()
+    }
+
+    fn describe_plug(&self, plug: &Plug) -> Value {
+        let (id, port) = (plug.at.id(), plug.at.port());
+        let size = self.shared.conversation().plugged(id).map(|plugged| plugged.size);
+        let size = size.filter(|_| plug.is_console);
+        let endpoints: Value = plug.endpoints.iter().map(|endpoint| endpoint.describe()).collect();
+        json!({
+            "id": id,
+            "name": plug.name,
+            "console": plug.is_console,
+            "guest_open": port.is_guest_open(),
+            "host_open": port.takes_output(),
+            "columns": size.map(|size| size.columns),
+            "rows": size.map(|size| size.rows),
+            "bytes_out": port.transcript().len_bytes(),
+            "bytes_in": port.inbox().pushed_bytes().saturating_sub(plug.pushed_before),
+            "endpoints": endpoints,
+        })
+    }
+
+    /// What `word` says of the first endpoint that knows an answer, and at which port that is. All who wait there look again.
+    pub(crate) fn ask<T>(&self, word: impl Fn(&Endpoint) -> Option<T>) -> Option<(u16, T)> {
+        let places = self.places();
+        places.iter().flatten().find_map(|plug| {
+            let answer = plug.endpoints.iter().find_map(|endpoint| word(endpoint))?;
+            plug.at.port().look();
+            Some((plug.at.id(), answer))
+        })
+    }
+
+    /// Moves the bytes, for ever.
+    pub(crate) async fn run(&self) -> Infallible {
+        let run = async {
+            tokio::select! {
+                never = self.pump() => never,
+                never = self.start_tasks() => never,
+            }
+        };
+        LocalSet::new().run_until(run).await
+    }
+
+    /// Has all endpoints look again whenever a queue has news.
+    async fn pump(&self) -> Infallible {
+        let bell = self.shared.main_bell();
+        let heard = bell.as_fd().try_clone_to_owned();
+        let heard = heard.and_then(|heard| watch(heard, Interest::READABLE));
+        let heard = match heard {
+            Ok(heard) => heard,
+            Err(cause) => {
+                error!(%cause, "the device's queues cannot be heard: no byte comes through");
+                return std::future::pending().await;
+            }
+        };
+        loop {
+            // What comes from here on rings; what came before is seen by who looks now.
+            bell.arm();
+            self.shared.ports().iter().for_each(|port| port.look());
+            let Ok(mut ready) = heard.readable().await else {
+                return std::future::pending().await;
+            };
+            bell.clear();
+            ready.clear_ready();
+        }
+    }
+
+    /// Serves the endpoints of each port that is plugged in.
+    async fn start_tasks(&self) -> Infallible {
+        loop {
+            for plug in self.places().iter_mut().flatten() {
+                if plug.tasks.is_none() {
+                    plug.tasks = Some(plug.serve());
+                }
+            }
+            self.plugged.notified().await;
+        }
+    }
+
+    /// The place that a port is to have.
+    fn free_place(&self, spec: &PortSpec) -> Result<u16, PlugError> {
+        let places = self.places();
+        let names = places.iter().flatten().filter_map(|plug| plug.name.as_ref());
+        if let Some(name) = names.into_iter().find(|name| Some(*name) == spec.name.as_ref()) {
+            return Err(PlugError::SameName { name: name.clone() });
+        }
+        let ports_max = self.shared.shape().ports_max;
+        match spec.id {
+            Some(id) if id >= ports_max => {
+                Err(PlugError::NoPlace { id, last: ports_max.saturating_sub(1) })
+            }
+            Some(id) if places.get(usize::from(id)).is_some_and(Option::is_some) => {
+                Err(PlugError::Taken { id })
+            }
+            Some(id) => Ok(id),
+            None => {
+                let free = places.iter().position(Option::is_none);
+                let free = free.and_then(|place| u16::try_from(place).ok());
+                free.ok_or(PlugError::Full { ports_max })
+            }
+        }
+    }
+
+    fn places(&self) -> MutexGuard<'_, Vec<Option<Plug>>> {
+        self.places.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Plug {
+    /// Starts a task for each endpoint.
+    fn serve(&self) -> Vec<AbortHandle> {
+        let serve = |endpoint: &Arc<Endpoint>| {
+            let (endpoint, at) = (Arc::clone(endpoint), self.at.clone());
+            spawn_local(async move { endpoint.serve(&at).await }).abort_handle()
+        };
+        let mut tasks: Vec<_> = self.endpoints.iter().map(serve).collect();
+        if self.is_console || !self.endpoints.iter().any(|endpoint| endpoint.has_clients()) {
+            let at = self.at.clone();
+            // New tasks have their first turn in the order in which they were started: by now logs are waited for.
+            tasks.push(spawn_local(async move { at.open() }).abort_handle());
+        }
+        tasks
+    }
+}
