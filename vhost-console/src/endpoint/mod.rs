@@ -11,6 +11,8 @@ pub(crate) mod at;
 mod client;
 mod door;
 mod pty;
+#[cfg(test)]
+pub(crate) mod stage;
 mod stream;
 mod viewers;
 mod wire;

@@ -243,3 +243,278 @@ fn refuse(stream: &UnixStream) {
         debug!(%cause, "a viewer was refused without a word");
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+    use std::os::linux::net::SocketAddrExt;
+    use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::net::{SocketAddr, UnixStream as StdStream};
+    use std::path::Path;
+
+    use serde_json::Value;
+    use tokio::io::AsyncWriteExt;
+    use tokio::net::UnixSocket;
+
+    use super::VIEWERS_MAX;
+    use crate::endpoint::stage::{Peer, REPLAY_BYTES, Stage, pattern, unix};
+
+    const ID: &str = "0123456789abcdef0123456789abcdef";
+
+    /// The viewers that the operator sees.
+    fn viewers(stage: &Stage) -> Vec<(String, String)> {
+        let word = |viewer: &Value, member: &str| viewer[member].as_str().unwrap().to_owned();
+        let ports = stage.hub.describe();
+        let viewers = ports[0]["endpoints"][0]["viewers"].as_array().unwrap();
+        viewers.iter().map(|viewer| (word(viewer, "id"), word(viewer, "role"))).collect()
+    }
+
+    async fn are(stage: &Stage, expected: &[(&str, &str)]) {
+        let expected: Vec<_> =
+            expected.iter().map(|(id, role)| ((*id).to_owned(), (*role).to_owned())).collect();
+        while viewers(stage) != expected {
+            tokio::task::yield_now().await;
+        }
+    }
+
+    /// Connects from an address of its own.
+    async fn connect_from(name: &str, path: &Path) -> Peer {
+        let socket = UnixSocket::new_stream().unwrap();
+        let address = SocketAddr::from_abstract_name(name).unwrap();
+        let socket = {
+            use std::os::fd::{AsFd, AsRawFd};
+            let name = address.as_abstract_name().unwrap();
+            let address = rustix::net::SocketAddrUnix::new_abstract_name(name).unwrap();
+            assert!(socket.as_raw_fd() >= 0);
+            rustix::net::bind(socket.as_fd(), &address).unwrap();
+            socket
+        };
+        Peer(socket.connect(path).await.unwrap())
+    }
+
+    #[test]
+    fn viewer_is_shown_the_past_and_then_the_present() {
+        let stage = Stage::new(1);
+        let mut guest = stage.plug_unix("console", true);
+        let path = stage.path("console");
+        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        stage.play(async || {
+            let past = pattern(REPLAY_BYTES as usize + 1000);
+            guest.write(&past).await;
+            let mut first = Peer::connect(&path).await;
+            first.expect(&past[1000..]).await;
+            let mut second = Peer::connect(&path).await;
+            second.expect(&past[1000..]).await;
+            guest.write(b"login: ").await;
+            first.expect(b"login: ").await;
+            second.expect(b"login: ").await;
+        });
+    }
+
+    #[test]
+    fn first_viewer_types_and_others_do_not() {
+        let stage = Stage::new(1);
+        let mut guest = stage.plug_unix("console", true);
+        let path = stage.path("console");
+        stage.play(async || {
+            let mut first = Peer::connect(&path).await;
+            are(&stage, &[("1", "writer")]).await;
+            let mut second = Peer::connect(&path).await;
+            are(&stage, &[("1", "writer"), ("2", "watcher")]).await;
+            second.write(b"rm -rf /\n").await;
+            first.write(b"ls\n").await;
+            assert_eq!(guest.read_exactly(3).await, b"ls\n");
+            // Nobody inherits the role, but who comes next gets it.
+            drop(first);
+            are(&stage, &[("2", "watcher")]).await;
+            let mut third = Peer::connect(&path).await;
+            are(&stage, &[("2", "watcher"), ("3", "writer")]).await;
+            third.write(b"pwd\n").await;
+            assert_eq!(guest.read_exactly(4).await, b"pwd\n");
+        });
+    }
+
+    #[test]
+    fn viewer_that_ends_what_it_sends_looks_on() {
+        let stage = Stage::new(1);
+        let mut guest = stage.plug_unix("console", true);
+        let path = stage.path("console");
+        stage.play(async || {
+            let mut first = Peer::connect(&path).await;
+            first.write(b"last words").await;
+            first.0.shutdown().await.unwrap();
+            assert_eq!(guest.read_exactly(10).await, b"last words");
+            are(&stage, &[("1", "watcher")]).await;
+            guest.write(b"heard").await;
+            first.expect(b"heard").await;
+            let mut second = Peer::connect(&path).await;
+            second.expect(b"heard").await;
+            are(&stage, &[("1", "watcher"), ("2", "writer")]).await;
+        });
+    }
+
+    #[test]
+    fn paste_arrives_whole_though_the_guest_reads_late_and_the_viewer_has_gone() {
+        let stage = Stage::new(1);
+        let mut guest = stage.plug_unix("console", true);
+        guest.port().set_guest_open(false);
+        let path = stage.path("console");
+        stage.play(async || {
+            let paste = pattern(1 << 20);
+            let mut first = Peer::connect(&path).await;
+            let (written, read) = tokio::join!(
+                async {
+                    first.write(&paste).await;
+                    drop(first);
+                },
+                async {
+                    guest.until(|port| port.inbox().room() < 20_000).await;
+                    guest.port().set_guest_open(true);
+                    guest.read_exactly(paste.len()).await
+                }
+            );
+            let () = written;
+            assert!(read == paste);
+            are(&stage, &[]).await;
+        });
+    }
+
+    #[test]
+    fn writer_who_has_gone_is_succeeded_though_the_guest_does_not_read() {
+        let stage = Stage::new(1);
+        let mut guest = stage.plug_unix("console", true);
+        guest.port().set_guest_open(false);
+        let path = stage.path("console");
+        stage.play(async || {
+            let mut first = Peer::connect(&path).await;
+            let paste = pattern(100_000);
+            first.write(&paste).await;
+            are(&stage, &[("1", "writer")]).await;
+            drop(first);
+            are(&stage, &[]).await;
+            let _second = Peer::connect(&path).await;
+            are(&stage, &[("2", "writer")]).await;
+            guest.port().set_guest_open(true);
+            assert!(guest.read_exactly(paste.len()).await == paste);
+        });
+    }
+
+    #[test]
+    fn stalled_viewer_is_told_what_it_has_lost_and_holds_up_nobody() {
+        let stage = Stage::new(1);
+        let mut guest = stage.plug_unix("console", true);
+        let path = stage.path("console");
+        stage.play(async || {
+            let mut stalled = Peer::connect(&path).await;
+            let mut reader = Peer::connect(&path).await;
+            are(&stage, &[("1", "writer"), ("2", "watcher")]).await;
+            let all = pattern(4 << 20);
+            for part in all.chunks(32 << 10) {
+                guest.write(part).await;
+                reader.expect(part).await;
+            }
+            let last = b"the end";
+            guest.write(last).await;
+            // All that it reads, but for the notice, is a beginning and an end of what there was.
+            let mut read = Vec::new();
+            while !read.ends_with(last) {
+                use tokio::io::AsyncReadExt;
+                stalled.0.read_buf(&mut read).await.unwrap();
+            }
+            let text: Vec<u8> = read.clone();
+            let notice = b"\r\n[";
+            let at = text.windows(3).position(|window| window == notice).unwrap();
+            assert!(text[..at] == all[..at]);
+            let rest = &text[at + 3..];
+            let end = rest.iter().position(|byte| *byte == b' ').unwrap();
+            let lost: usize = std::str::from_utf8(&rest[..end]).unwrap().parse().unwrap();
+            let rest = rest[end..].strip_prefix(b" bytes lost]\r\n").unwrap();
+            assert!(rest[..rest.len() - last.len()] == all[at + lost..]);
+            let ports = stage.hub.describe();
+            assert_eq!(ports[0]["endpoints"][0]["viewers"][0]["lost_bytes"], lost);
+        });
+    }
+
+    #[test]
+    fn viewer_says_by_its_address_who_it_is_and_that_it_only_watches() {
+        let stage = Stage::new(1);
+        let _guest = stage.plug_unix("console", true);
+        let path = stage.path("console");
+        stage.play(async || {
+            let watcher = connect_from(&format!("outboard/watch/{ID}"), &path).await;
+            are(&stage, &[(ID, "watcher")]).await;
+            let other = ID.replace('0', "f");
+            let _writer = connect_from(&format!("outboard/write/{other}"), &path).await;
+            are(&stage, &[(ID, "watcher"), (&other, "writer")]).await;
+            let _stranger = connect_from("outboard/write/ABC", &path).await;
+            are(&stage, &[(ID, "watcher"), (&other, "writer"), ("1", "watcher")]).await;
+            drop(watcher);
+            are(&stage, &[(&other, "writer"), ("1", "watcher")]).await;
+        });
+    }
+
+    #[test]
+    fn one_viewer_too_many_is_told_so() {
+        let stage = Stage::new(1);
+        let _guest = stage.plug_unix("console", true);
+        let path = stage.path("console");
+        stage.play(async || {
+            let mut all = Vec::new();
+            for _ in 0..VIEWERS_MAX {
+                all.push(Peer::connect(&path).await);
+            }
+            let mut further = Peer::connect(&path).await;
+            let said = String::from_utf8(further.read_to_end().await).unwrap();
+            assert!(said.contains(&format!("[{VIEWERS_MAX} viewers are here")), "{said:?}");
+            drop(all.pop());
+            while viewers(&stage).len() == VIEWERS_MAX {
+                tokio::task::yield_now().await;
+            }
+            let _next = Peer::connect(&path).await;
+            while viewers(&stage).len() < VIEWERS_MAX {
+                tokio::task::yield_now().await;
+            }
+        });
+    }
+
+    #[test]
+    fn port_that_is_removed_hangs_up_and_leaves_its_path() {
+        let stage = Stage::new(2);
+        let _guest = stage.plug_unix("console", true);
+        let path = stage.path("console");
+        stage.play(async || {
+            let mut viewer = Peer::connect(&path).await;
+            are(&stage, &[("1", "writer")]).await;
+            stage.hub.unplug("console").unwrap();
+            assert!(!path.exists());
+            // At once, in the same turn.
+            let mut guest = stage.plug("again", true, unix(&path));
+            assert_eq!(viewer.read_to_end().await, b"");
+            let mut viewer = Peer::connect(&path).await;
+            guest.until(|port| port.takes_output()).await;
+            guest.write(b"new").await;
+            viewer.expect(b"new").await;
+        });
+        drop(stage);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn path_that_is_served_is_refused_and_a_stale_one_is_not() {
+        let stage = Stage::new(2);
+        let path = stage.path("console");
+        drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+        let _guest = stage.plug_unix("console", true);
+        let spec = crate::port_spec::PortSpec {
+            name: None,
+            is_console: true,
+            id: None,
+            endpoints: vec![unix(&path)],
+        };
+        let error = stage.hub.plug(&spec).unwrap_err().to_string();
+        assert!(error.contains("another process is listening"), "{error}");
+        let mut stream = StdStream::connect(&path).unwrap();
+        drop(stage);
+        assert_eq!(stream.read(&mut [0; 1]).unwrap_or(0), 0);
+    }
+}
