@@ -54,6 +54,7 @@ use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
 use rustix::io::Errno;
+use serde_json::Value;
 
 use crate::engine::{ChannelIndex, Completion, Engine, Op, Readiness, Token};
 use crate::memory::HostBuffer;
@@ -102,6 +103,17 @@ pub trait Device: Send + Sync + 'static {
     }
     /// How often to [refresh](Self::refresh) without being asked; `None`: never.
     fn refresh_interval(&self) -> Option<Duration> {
+        None
+    }
+    /// Opens anew what the device has opened by name and writes to, since something else may have renamed it (SIGHUP); on
+    /// the main thread.
+    fn reopen(&self) {}
+    /// The commands of the control socket that are the device's own, for the error that lists them.
+    fn commands(&self) -> &'static [&'static str] {
+        &[]
+    }
+    /// Answers such a command: the value of `ok` or the text of `error`, at once. `None`: it is none of the device's.
+    fn command(&self, _command: &Value) -> Option<Result<Value, String>> {
         None
     }
     /// Work that the host has given up before it came to a queue, where it tells; on the main thread.

@@ -9,8 +9,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use common::device::{Device, DeviceQueue, QueueIo, Runtime};
 use common::engine::{ChannelIndex, Completion};
+use serde_json::Value;
 use tokio::sync::Notify;
 
+use crate::command::{COMMANDS, answer};
 use crate::config::{
     self, Role, Size, VIRTIO_CONSOLE_F_MULTIPORT, emergency_write, features, queue_count,
 };
@@ -267,6 +269,18 @@ impl Device for ConsoleDevice {
         self.forget_driver();
         // It is another guest's, unless it says otherwise; and what was typed was for the one before.
         self.shared.ports.iter().for_each(|port| port.inbox().clear());
+    }
+
+    fn reopen(&self) {
+        self.hub.reopen();
+    }
+
+    fn commands(&self) -> &'static [&'static str] {
+        COMMANDS
+    }
+
+    fn command(&self, command: &Value) -> Option<Result<Value, String>> {
+        answer(&self.hub, command)
     }
 
     fn files(&self) -> Vec<BorrowedFd<'_>> {

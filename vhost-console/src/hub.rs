@@ -146,13 +146,17 @@ impl Hub {
 
     fn describe_plug(&self, plug: &Plug) -> Value {
         let (id, port) = (plug.at.id(), plug.at.port());
-        let size = self.shared.conversation().plugged(id).map(|plugged| plugged.size);
+        let (size, guest_ready) = {
+            let conversation = self.shared.conversation();
+            (conversation.plugged(id).map(|plugged| plugged.size), conversation.is_ready(id))
+        };
         let size = size.filter(|_| plug.is_console);
         let endpoints: Value = plug.endpoints.iter().map(|endpoint| endpoint.describe()).collect();
         json!({
             "id": id,
             "name": plug.name,
             "console": plug.is_console,
+            "guest_ready": guest_ready,
             "guest_open": port.is_guest_open(),
             "host_open": port.takes_output(),
             "columns": size.map(|size| size.columns),

@@ -100,11 +100,6 @@ impl Transcript {
         Cursor(end.saturating_sub(self.replay).max(self.begin.load(Ordering::Relaxed)))
     }
 
-    /// Whether there is something to read at `cursor`.
-    pub(crate) fn has_more(&self, cursor: Cursor) -> bool {
-        self.end.load(Ordering::Acquire) > cursor.0
-    }
-
     /// Bytes that come after `cursor`.
     pub(crate) fn unread_bytes(&self, cursor: Cursor) -> u64 {
         self.end.load(Ordering::Acquire).saturating_sub(cursor.0)

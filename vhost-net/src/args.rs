@@ -17,6 +17,7 @@ use std::path::PathBuf;
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, Parser};
 use common::daemon::DaemonOptions;
+use common::daemon::options::parse_size;
 use common::rate_limit::{Change, Topic};
 use thiserror::Error;
 
@@ -348,22 +349,8 @@ fn parse_queue_size(text: &str) -> Result<u16, String> {
     }
 }
 
-/// A size in bytes with a suffix or none.
 fn parse_pcap_size(text: &str) -> Result<u64, String> {
-    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
-    let shift = match text.strip_prefix(digits).unwrap_or_default() {
-        "" => Some(0),
-        "k" | "K" => Some(10),
-        "M" => Some(20),
-        "G" => Some(30),
-        "T" => Some(40),
-        _ => None,
-    };
-    // `u64::from_str` takes a leading plus sign, which no size has.
-    let count = Some(digits).filter(|digits| digits.bytes().all(|byte| byte.is_ascii_digit()));
-    let count = count.and_then(|digits| digits.parse::<u64>().ok());
-    let size = count.zip(shift).and_then(|(count, shift)| count.checked_mul(1 << shift));
-    size.filter(|size| *size >= PCAP_BYTES_MIN).ok_or_else(|| {
+    parse_size(text).filter(|size| *size >= PCAP_BYTES_MIN).ok_or_else(|| {
         format!("expected {PCAP_BYTES_MIN} bytes at least, or a number with k, M, G or T")
     })
 }

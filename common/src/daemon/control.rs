@@ -77,6 +77,14 @@ pub type Reply = Result<Value, String>;
 pub trait Answers {
     /// Does what the command says.
     fn command(&self, command: Command) -> Reply;
+    /// The commands that are the device's own.
+    fn device_commands(&self) -> &'static [&'static str] {
+        &[]
+    }
+    /// Does what one of these says; `None`: it is another.
+    fn device_command(&self, _command: &Value) -> Option<Reply> {
+        None
+    }
     /// All metrics, in OpenMetrics text format.
     fn openmetrics(&self) -> String;
 }
@@ -164,19 +172,31 @@ impl Client {
     }
 
     fn answer(&self, line: &[u8]) -> Value {
-        // An unknown command's error lists the known ones: serde takes them from the enum.
-        let reply = serde_json::from_slice(line)
-            .map_err(|error| format!("not a command: {error}"))
-            // An array of values would do for serde: who relied on their order would be surprised
-            // by the next member.
-            .and_then(|command| match line.trim_ascii_start().first() {
-                Some(b'{') => self.answers.command(command),
-                _ => Err("not a command: it is no JSON object".to_owned()),
-            });
-        match reply {
+        match self.reply(line) {
             Ok(value) => json!({ "ok": value }),
             Err(message) => json!({ "error": message }),
         }
+    }
+
+    fn reply(&self, line: &[u8]) -> Reply {
+        // An array of values would do for serde: who relied on their order would be surprised by the
+        // next member.
+        if line.trim_ascii_start().first() != Some(&b'{') {
+            return Err("not a command: it is no JSON object".to_owned());
+        }
+        let line = serde_json::from_slice::<Value>(line);
+        let line = line.map_err(|error| format!("not a command: {error}"))?;
+        if let Some(reply) = self.answers.device_command(&line) {
+            return reply;
+        }
+        let command = Command::deserialize(&line).map_err(|error| {
+            // Serde takes the known ones from the enum.
+            let known = self.answers.device_commands();
+            let is_unknown = error.to_string().starts_with("unknown variant");
+            let known = known.iter().filter(|_| is_unknown).map(|name| format!(", `{name}`"));
+            format!("not a command: {error}{}", known.collect::<String>())
+        })?;
+        self.answers.command(command)
     }
 
     async fn serve_http(&mut self, request: &RequestLine<'_>) -> Result<(), ClientError> {

@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::sync::Arc;
 
+use serde_json::Value;
+
 use super::control::{Answers, Command, Reply};
 use super::log::with_sources;
 use super::refresh::{Asked, Refresher};
@@ -51,6 +53,14 @@ impl<D: Device> Answers for Operator<D> {
             Command::Limit(named) => self.limit(&named),
             Command::Resize {} => self.refresher.refresh(Asked::ByOperator),
         }
+    }
+
+    fn device_commands(&self) -> &'static [&'static str] {
+        self.refresher.device().commands()
+    }
+
+    fn device_command(&self, command: &Value) -> Option<Reply> {
+        self.refresher.device().command(command)
     }
 
     fn openmetrics(&self) -> String {

@@ -99,7 +99,8 @@ pub enum LogLevel {
 
 /// Why a value of `--socket-mode` or `--socket-group` was not accepted.
 #[derive(Debug, Error)]
-enum ValueError {
+#[allow(missing_docs, reason = "the messages say what they are about")]
+pub enum ValueError {
     #[error("not an octal number")]
     NotOctal(#[source] std::num::ParseIntError),
     #[error("only permission bits, 0000 to 0777, can be set on a socket")]
@@ -110,7 +111,11 @@ enum ValueError {
     NoSuchGroup,
 }
 
-fn parse_mode(text: &str) -> Result<Mode, ValueError> {
+/// An access mode, in octal.
+///
+/// # Errors
+/// It is none, or has more than permissions.
+pub fn parse_mode(text: &str) -> Result<Mode, ValueError> {
     let bits = u32::from_str_radix(text.strip_prefix("0o").unwrap_or(text), 8)
         .map_err(ValueError::NotOctal)?;
     if bits & !0o777 != 0 {
@@ -121,7 +126,10 @@ fn parse_mode(text: &str) -> Result<Mode, ValueError> {
 
 /// A name is looked up before it is tried as a number, as chown(1) does: a group may be called
 /// `100`.
-fn parse_group(text: &str) -> Result<Gid, ValueError> {
+///
+/// # Errors
+/// There is no such group.
+pub fn parse_group(text: &str) -> Result<Gid, ValueError> {
     if let Some(group) = nix::unistd::Group::from_name(text).map_err(ValueError::GroupDatabase)? {
         return Ok(Gid::from_raw(group.gid.as_raw()));
     }
@@ -130,6 +138,22 @@ fn parse_group(text: &str) -> Result<Gid, ValueError> {
         Ok(number) if number != u32::MAX => Ok(Gid::from_raw(number)),
         _ => Err(ValueError::NoSuchGroup),
     }
+}
+
+/// Bytes of `64k` and the like; `None` if it is no size.
+pub fn parse_size(text: &str) -> Option<u64> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let shift = match text.strip_prefix(digits)? {
+        "" => 0,
+        "k" | "K" => 10,
+        "M" => 20,
+        "G" => 30,
+        "T" => 40,
+        _ => return None,
+    };
+    // `u64::from_str` takes a leading plus sign, which no size has.
+    let count = Some(digits).filter(|digits| digits.bytes().all(|byte| byte.is_ascii_digit()));
+    count?.parse::<u64>().ok()?.checked_mul(1 << shift)
 }
 
 #[cfg(test)]

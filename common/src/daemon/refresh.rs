@@ -92,7 +92,10 @@ impl<D: Device> Refresher<D> {
         });
         loop {
             let asked = tokio::select! {
-                Some(()) = signal.recv() => Asked::ByOperator,
+                Some(()) = signal.recv() => {
+                    self.device.reopen();
+                    Asked::ByOperator
+                }
                 () = next(&mut ticks) => Asked::ByClock,
             };
             // The log has been told what there is to tell.

@@ -139,7 +139,7 @@ fn raise_descriptor_limit() {
 /// The signals that a daemon heeds.
 struct Signals {
     termination: Termination,
-    /// SIGHUP: look at the device's size again.
+    /// SIGHUP: look at the device's size again, and open its logs anew.
     refresh: Signal,
 }
 

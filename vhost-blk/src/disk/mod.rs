@@ -27,6 +27,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
+use common::daemon::options;
 use common::device::{NotRefreshed, Refreshed};
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, SeekFrom, StatxFlags};
 use thiserror::Error;
@@ -103,26 +104,8 @@ impl FromStr for DiskSpec {
 
 /// Bytes of `8G` and the like. At most `i64::MAX`, because offsets in files are signed.
 fn parse_size(size: &str) -> Result<u64, SpecError> {
-    let refused = || SpecError::Size(size.to_owned());
-    let digits = size.trim_end_matches(|c: char| c.is_ascii_alphabetic());
-    let unit_bytes: u64 = match size.strip_prefix(digits).unwrap_or_default() {
-        "" => 1,
-        "k" | "K" => 1 << 10,
-        "M" => 1 << 20,
-        "G" => 1 << 30,
-        "T" => 1 << 40,
-        _ => return Err(refused()),
-    };
-    // `u64::from_str` takes a leading plus sign, which no size has.
-    if !digits.bytes().all(|b| b.is_ascii_digit()) {
-        return Err(refused());
-    }
-    let units: u64 = digits.parse().ok().ok_or_else(refused)?;
-    let len_bytes = units.checked_mul(unit_bytes).ok_or_else(refused)?;
-    if i64::try_from(len_bytes).is_err() {
-        return Err(refused());
-    }
-    Ok(len_bytes)
+    let len_bytes = options::parse_size(size).filter(|bytes| i64::try_from(*bytes).is_ok());
+    len_bytes.ok_or_else(|| SpecError::Size(size.to_owned()))
 }
 
 /// How to open a disk.
