@@ -4,6 +4,7 @@
 //! device ([`open`], with the feature `fuzzing`); nothing else is public.
 
 mod args;
+mod attach;
 mod command;
 mod config;
 mod control;
@@ -39,6 +40,9 @@ const CAPABILITIES: &[&str] = &[];
 /// The whole program, with these arguments, its name first.
 pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     let arguments: Vec<OsString> = arguments.into_iter().collect();
+    if arguments.get(1).is_some_and(|first| first == "attach") {
+        return attach::run(arguments);
+    }
     if capabilities::requested(arguments.iter().skip(1).cloned()) {
         return match capabilities::print(ConsoleDevice::NAME, CAPABILITIES) {
             Ok(()) => ExitCode::SUCCESS,
