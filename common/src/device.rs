@@ -142,6 +142,11 @@ pub trait Device: Send + Sync + 'static {
     fn errands(&self, _runtime: &impl Runtime) -> impl Future<Output = Infallible> {
         std::future::pending()
     }
+    /// Waits until all is where it belongs that came by rings which have stopped. The daemon is about to end, and the errands
+    /// are still done; not for ever.
+    fn settle(&self) -> impl Future<Output = ()> {
+        std::future::ready(())
+    }
 }
 
 /// What the device's errands can have done.

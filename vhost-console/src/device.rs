@@ -159,6 +159,7 @@ impl Shared {
             self.resized.notify_one();
         }
         self.converse(|conversation| conversation.set_size(id, size));
+        self.ports[usize::from(id)].look();
     }
 
     /// Has a word with the conversation, and wakes the queue that passes on what came of it. From any thread.
@@ -304,6 +305,10 @@ impl Device for ConsoleDevice {
             Role::ControlTransmit => ConsoleQueue::ControlTransmit(FromDriver::new(shared)),
             Role::Unused => ConsoleQueue::Unused,
         }
+    }
+
+    async fn settle(&self) {
+        self.hub.settle().await;
     }
 
     async fn errands(&self, runtime: &impl Runtime) -> Infallible {

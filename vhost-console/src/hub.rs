@@ -139,6 +139,16 @@ impl Hub {
         }
     }
 
+    /// Waits until all that the guest has put out is where it is to be kept; while it [runs](Self::run).
+    pub(crate) async fn settle(&self) {
+        let served: Vec<_> = self.places().iter().flatten().map(Plug::served).collect();
+        for (at, endpoints) in served {
+            for endpoint in endpoints {
+                endpoint.settle(&at).await;
+            }
+        }
+    }
+
     /// All ports, for the operator.
     pub(crate) fn describe(&self) -> Value {
         self.places().iter().flatten().map(|plug| self.describe_plug(plug)).collect()
@@ -254,6 +264,10 @@ impl Hub {
 }
 
 impl Plug {
+    fn served(&self) -> (At, Vec<Arc<Endpoint>>) {
+        (self.at.clone(), self.endpoints.clone())
+    }
+
     /// Starts a task for each endpoint.
     fn serve(&self) -> Vec<AbortHandle> {
         let serve = |endpoint: &Arc<Endpoint>| {

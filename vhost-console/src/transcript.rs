@@ -52,6 +52,18 @@ pub(crate) struct KeeperId(u64);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Cursor(u64);
 
+impl Cursor {
+    /// Bytes from the first on that are behind it.
+    pub(crate) fn offset(self) -> u64 {
+        self.0
+    }
+
+    /// Moves over bytes that were read, or lost.
+    pub(crate) fn pass(&mut self, bytes: u64) {
+        self.0 += bytes;
+    }
+}
+
 /// What a reader was given.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Read {

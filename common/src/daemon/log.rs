@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use tracing::level_filters::LevelFilter;
 use tracing::{Event, Level, Subscriber, warn};
 use tracing_subscriber::fmt::format::{FormatEvent, FormatFields, Writer};
+use tracing_subscriber::fmt::time::{FormatTime, SystemTime};
 use tracing_subscriber::fmt::{FmtContext, SubscriberBuilder};
 use tracing_subscriber::registry::LookupSpan;
 
@@ -42,6 +43,14 @@ pub fn start(level: LogLevel) {
     } else {
         builder.with_target(false).init();
     }
+}
+
+/// The time, in UTC, as the log has it (RFC 3339 with microseconds).
+pub fn time_now() -> String {
+    let mut now = String::new();
+    // Writing to memory does not fail.
+    let _ = SystemTime.format_time(&mut Writer::new(&mut now));
+    now
 }
 
 /// Whether stderr is the stream that `JOURNAL_STREAM` names by device and inode: the variable is

@@ -97,7 +97,10 @@ fn start<D: Device, E: Error + 'static>(
     let gate = RateLimit::new(LOG_LINES, LOG_INTERVAL);
     let refresher = Rc::new(Refresher::new(device));
     let daemon = Daemon { refresher, workers, events, metrics, gate };
-    Ok(runtime.block_on(daemon.serve(sockets, signals))?)
+    let served = runtime.block_on(daemon.serve(sockets, signals));
+    // A thread that waits for a disk which hangs does not keep the process.
+    runtime.shutdown_background();
+    Ok(served?)
 }
 
 /// What the device's own errands can have done.
@@ -199,12 +202,23 @@ impl<D: Device> Daemon<D> {
                 }
             }
         };
-        tokio::select! {
+        let errands = refresher.device().errands(&errands);
+        tokio::pin!(errands);
+        let ended = tokio::select! {
             ended = front_ends => ended,
             never = operators => match never {},
             never = refresher.watch(refresh) => match never {},
-            never = refresher.device().errands(&errands) => match never {},
+            never = &mut errands => match never {},
+        };
+        tokio::select! {
+            settled = timeout(DRAIN_MAX, refresher.device().settle()) => {
+                if settled.is_err() {
+                    warn!("not all has found its place after {} s, ending all the same", DRAIN_MAX.as_secs());
+                }
+            }
+            never = errands => match never {},
         }
+        ended
     }
 
     /// Serves front ends one after another.

@@ -7,6 +7,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use crate::config::Size;
 use crate::device::Shared;
 use crate::port::Port;
 use crate::transcript::{Cursor, KeeperId, Read};
@@ -40,6 +41,11 @@ impl At {
 
     pub(crate) fn id(&self) -> u16 {
         self.id
+    }
+
+    /// How large a terminal at this port is.
+    pub(crate) fn size(&self) -> Option<Size> {
+        self.shared.conversation().plugged(self.id).map(|plugged| plugged.size)
     }
 
     /// Whether people are at the other end, who look on: nobody waits for them.
@@ -103,40 +109,71 @@ fn subtract(count: &AtomicU32) -> u32 {
     count.fetch_sub(1, Ordering::Relaxed)
 }
 
-/// A reader for whom the guest waits, until this is dropped.
+/// A reader for whom the guest waits, until this is dropped, or as long as it [insists](Self::insist).
 pub(crate) struct Keeper<'a> {
     at: &'a At,
-    id: KeeperId,
+    id: Option<KeeperId>,
     cursor: Cursor,
 }
 
 impl<'a> Keeper<'a> {
     /// One that starts with what comes next.
     pub(crate) fn new(at: &'a At) -> Self {
-        let cursor = at.port().transcript().now();
-        Self { at, id: at.port().transcript().add_keeper(cursor), cursor }
+        let mut keeper = Self { at, id: None, cursor: at.port().transcript().now() };
+        keeper.insist();
+        keeper
     }
 
     /// Copies what comes next; it is waited for no longer.
     pub(crate) fn read(&mut self, into: &mut [u8]) -> Read {
-        let port = self.at.port();
-        let read = port.transcript().read(&mut self.cursor, into);
-        if read.count > 0 {
-            port.transcript().keep(self.id, self.cursor);
-            port.made_room();
-        }
+        let read = self.peek(into);
+        self.pass(read.lost_bytes + read.count as u64);
         read
+    }
+
+    /// Copies what comes next; it stays there until it was [passed](Self::pass).
+    pub(crate) fn peek(&self, into: &mut [u8]) -> Read {
+        let mut cursor = self.cursor;
+        self.at.port().transcript().read(&mut cursor, into)
+    }
+
+    /// Is done with the bytes that come next, or has lost them.
+    pub(crate) fn pass(&mut self, bytes: u64) {
+        self.cursor.pass(bytes);
+        if let (Some(id), 1..) = (self.id, bytes) {
+            self.at.port().transcript().keep(id, self.cursor);
+            self.at.port().made_room();
+        }
+    }
+
+    /// The guest waits for it from here on.
+    pub(crate) fn insist(&mut self) {
+        if self.id.is_none() {
+            self.id = Some(self.at.port().transcript().add_keeper(self.cursor));
+        }
+    }
+
+    /// The guest does not wait for it any more.
+    pub(crate) fn forgo(&mut self) {
+        if let Some(id) = self.id.take() {
+            self.at.port().transcript().remove_keeper(id);
+            self.at.port().made_room();
+        }
     }
 
     /// Bytes that it has not read.
     pub(crate) fn unread_bytes(&self) -> u64 {
         self.at.port().transcript().unread_bytes(self.cursor)
     }
+
+    /// Bytes of the port's that it is done with.
+    pub(crate) fn offset(&self) -> u64 {
+        self.cursor.offset()
+    }
 }
 
 impl Drop for Keeper<'_> {
     fn drop(&mut self) {
-        self.at.port().transcript().remove_keeper(self.id);
-        self.at.port().made_room();
+        self.forgo();
     }
 }

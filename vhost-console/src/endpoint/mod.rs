@@ -8,9 +8,12 @@
 //! waits; at a data port a program is at the other end, which gets every byte. Logs get every byte of both.
 
 pub(crate) mod at;
+mod cast;
 mod client;
 mod door;
+mod file;
 mod pty;
+mod record;
 #[cfg(test)]
 pub(crate) mod stage;
 mod stream;
@@ -27,8 +30,11 @@ use thiserror::Error;
 
 pub(crate) use at::At;
 
+use self::cast::Cast;
 use self::client::Client;
+use self::file::Log;
 use self::pty::Pty;
+use self::record::Record;
 use self::stream::Stream;
 use self::viewers::Viewers;
 use crate::port_spec::EndpointSpec;
@@ -50,6 +56,9 @@ pub(crate) enum OpenError {
     /// A step on the way to a terminal's link failed.
     #[error("endpoint=pty:LINK: cannot {step} {link:?}")]
     Link { link: PathBuf, step: &'static str, source: io::Error },
+    /// A log or a recording cannot be begun.
+    #[error("endpoint={endpoint}:{path:?} cannot be opened for writing")]
+    File { endpoint: &'static str, path: PathBuf, source: io::Error },
     /// What was passed, or standard input and output, cannot be used.
     #[error(
         "endpoint={endpoint}: cannot use the descriptor {fd} (is it open, and passed without close-on-exec?)"
@@ -67,6 +76,8 @@ pub(crate) enum Endpoint {
     Client(Client),
     Pty(Pty),
     Stream(Stream),
+    File(Record<Log>),
+    Cast(Record<Cast>),
     /// Nothing: what the guest puts out is only kept for who comes later.
     Null,
 }
@@ -83,8 +94,9 @@ impl Endpoint {
             EndpointSpec::Pty { link } => Pty::open(link.as_deref()).map(Self::Pty),
             EndpointSpec::Stdio => Stream::stdio().map(Self::Stream),
             EndpointSpec::Fd(fd) => Stream::passed(*fd).map(Self::Stream),
+            EndpointSpec::File(spec) => file::open(spec).map(Self::File),
+            EndpointSpec::Cast { path } => cast::open(path).map(Self::Cast),
             EndpointSpec::Null => Ok(Self::Null),
-            EndpointSpec::File(_) | EndpointSpec::Cast { .. } => Ok(Self::Null),
         }
     }
 
@@ -95,6 +107,8 @@ impl Endpoint {
             Self::Client(client) => client.serve(at).await,
             Self::Pty(pty) => pty.serve(at).await,
             Self::Stream(stream) => stream.serve(at).await,
+            Self::File(log) => log.serve(at).await,
+            Self::Cast(cast) => cast.serve(at).await,
             Self::Null => std::future::pending().await,
         }
     }
@@ -111,12 +125,28 @@ impl Endpoint {
             Self::Client(client) => client.close(),
             Self::Pty(pty) => pty.close(),
             Self::Stream(stream) => stream.close(),
-            Self::Null => {}
+            // Files have names that are free at any time.
+            Self::File(_) | Self::Cast(_) | Self::Null => {}
         }
     }
 
     /// Opens anew what is opened by name: it may have been moved away.
-    pub(crate) fn reopen(&self) {}
+    pub(crate) fn reopen(&self) {
+        match self {
+            Self::File(log) => log.reopen(),
+            Self::Cast(cast) => cast.reopen(),
+            Self::Viewers(_) | Self::Client(_) | Self::Pty(_) | Self::Stream(_) | Self::Null => {}
+        }
+    }
+
+    /// Waits until all that the guest has put out is where it is to be kept.
+    pub(crate) async fn settle(&self, at: &At) {
+        match self {
+            Self::File(log) => log.settle(at).await,
+            Self::Cast(cast) => cast.settle(at).await,
+            Self::Viewers(_) | Self::Client(_) | Self::Pty(_) | Self::Stream(_) | Self::Null => {}
+        }
+    }
 
     /// For the operator.
     pub(crate) fn describe(&self) -> Value {
@@ -125,6 +155,8 @@ impl Endpoint {
             Self::Client(client) => client.describe(),
             Self::Pty(pty) => pty.describe(),
             Self::Stream(stream) => stream.describe(),
+            Self::File(log) => log.describe(),
+            Self::Cast(cast) => cast.describe(),
             Self::Null => json!({ "kind": "null" }),
         }
     }
