@@ -155,3 +155,145 @@ pub(crate) struct End<S> {
     /// Another one has come on the same wire: what is left of the first one's input is heard with his.
     pub(crate) successor: S,
 }
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::AsyncWriteExt;
+
+    use crate::endpoint::stage::{Peer, Stage, pattern};
+
+    /// More than sockets, transcript and inbox hold together.
+    const STREAM_BYTES: usize = 8 << 20;
+
+    fn lost_bytes(stage: &Stage) -> u64 {
+        stage.hub.describe()[0]["endpoints"][0]["lost_bytes"].as_u64().unwrap()
+    }
+
+    #[test]
+    fn streams_go_both_ways_and_each_side_waits_for_the_other() {
+        let stage = Stage::new(1);
+        let (mut writes, mut reads) = {
+            let guest = stage.plug_unix("data", false);
+            let id = guest.id();
+            (guest, stage.guest_that_reads(id))
+        };
+        let path = stage.path("data");
+        stage.play(async || {
+            let (there, back) = (pattern(STREAM_BYTES), pattern(STREAM_BYTES + 1));
+            let (mut from_client, mut to_client) = Peer::connect(&path).await.0.into_split();
+            tokio::join!(
+                writes.write(&there),
+                async { assert!(reads.read_exactly(back.len()).await == back) },
+                async { from_client_is(&mut from_client, &there).await },
+                async { to_client.write_all(&back).await.unwrap() },
+            );
+        });
+        assert_eq!(lost_bytes(&stage), 0);
+    }
+
+    async fn from_client_is(client: &mut tokio::net::unix::OwnedReadHalf, expected: &[u8]) {
+        use tokio::io::AsyncReadExt;
+        let mut read = vec![0; expected.len()];
+        client.read_exact(&mut read).await.unwrap();
+        assert!(read == expected);
+    }
+
+    #[test]
+    fn guest_writes_nothing_while_there_is_no_client() {
+        let stage = Stage::new(1);
+        let mut guest = stage.plug_unix("data", false);
+        let path = stage.path("data");
+        stage.play(async || {
+            assert_eq!(guest.try_write(b"early"), 0);
+            let mut first = Peer::connect(&path).await;
+            guest.write(b"to the first").await;
+            first.expect(b"to the first").await;
+            drop(first);
+            guest.until(|port| !port.takes_output()).await;
+            assert_eq!(guest.try_write(b"late"), 0);
+            let mut second = Peer::connect(&path).await;
+            guest.write(b"to the second").await;
+            second.expect(b"to the second").await;
+        });
+        assert_eq!(lost_bytes(&stage), 0);
+    }
+
+    #[test]
+    fn further_client_is_closed_at_once() {
+        let stage = Stage::new(1);
+        let mut guest = stage.plug_unix("data", false);
+        let path = stage.path("data");
+        stage.play(async || {
+            let mut first = Peer::connect(&path).await;
+            guest.until(|port| port.takes_output()).await;
+            let mut second = Peer::connect(&path).await;
+            assert_eq!(second.read_to_end().await, b"");
+            guest.write(b"still here").await;
+            first.expect(b"still here").await;
+        });
+        assert_eq!(stage.hub.describe()[0]["endpoints"][0]["refused"], 1);
+    }
+
+    #[test]
+    fn client_that_ends_what_it_sends_takes_output_until_it_hangs_up() {
+        let stage = Stage::new(1);
+        let mut guest = stage.plug_unix("data", false);
+        let path = stage.path("data");
+        stage.play(async || {
+            let mut client = Peer::connect(&path).await;
+            client.write(b"question").await;
+            client.0.shutdown().await.unwrap();
+            assert_eq!(guest.read_exactly(8).await, b"question");
+            guest.write(b"answer").await;
+            client.expect(b"answer").await;
+            drop(client);
+            guest.until(|port| !port.takes_output()).await;
+        });
+    }
+
+    #[test]
+    fn what_a_client_has_sent_arrives_though_it_has_gone_and_the_port_closes_after_it() {
+        let stage = Stage::new(1);
+        let mut guest = stage.plug_unix("data", false);
+        let path = stage.path("data");
+        stage.play(async || {
+            let sent = pattern(100_000);
+            let mut client = Peer::connect(&path).await;
+            client.write(&sent).await;
+            drop(client);
+            guest.until(|port| !port.takes_output() && port.inbox().len_bytes() > 0).await;
+            assert!(stage.is_host_open(0), "there is something to read");
+            assert!(guest.read_exactly(sent.len()).await == sent);
+            while stage.is_host_open(0) {
+                tokio::task::yield_now().await;
+            }
+        });
+    }
+
+    #[test]
+    fn output_that_a_client_did_not_take_is_counted_and_not_for_the_next() {
+        let stage = Stage::new(1);
+        let mut guest = stage.plug_unix("data", false);
+        let path = stage.path("data");
+        stage.play(async || {
+            let client = Peer::connect(&path).await;
+            guest.until(|port| port.takes_output()).await;
+            let mut written = 0;
+            let mut idle_turns = 0;
+            // Until neither socket nor transcript takes any more.
+            while idle_turns < 100 {
+                let count = guest.try_write(&[b'x'; 4096]) as u64;
+                idle_turns = if count == 0 { idle_turns + 1 } else { 0 };
+                written += count;
+                tokio::task::yield_now().await;
+            }
+            drop(client);
+            guest.until(|port| !port.takes_output()).await;
+            let mut next = Peer::connect(&path).await;
+            guest.write(b"news").await;
+            next.expect(b"news").await;
+            let lost_bytes = lost_bytes(&stage);
+            assert!(lost_bytes > 100_000 && lost_bytes < written, "{lost_bytes} of {written}");
+        });
+    }
+}

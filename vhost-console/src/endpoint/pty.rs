@@ -262,3 +262,166 @@ fn is_hung_up(line: impl AsFd) -> bool {
     poll(&mut fds, Some(&Timespec::default())).is_ok()
         && fds.iter().any(|fd| fd.revents().contains(PollFlags::HUP))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::OwnedFd;
+    use std::path::{Path, PathBuf};
+
+    use rustix::fs::{Mode, OFlags};
+    use serde_json::Value;
+
+    use crate::endpoint::stage::{Stage, pattern};
+    use crate::endpoint::wire::Wire;
+    use crate::port_spec::{EndpointSpec, PortSpec};
+
+    fn opened(terminal: &Path) -> Wire {
+        let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let terminal: OwnedFd = rustix::fs::open(terminal, flags, Mode::empty()).unwrap();
+        Wire::new(terminal).unwrap()
+    }
+
+    async fn expect(terminal: &Wire, expected: &[u8]) {
+        let mut all = Vec::new();
+        let mut part = vec![0; 4096];
+        while all.len() < expected.len() {
+            let count = terminal.read(&mut part, || usize::MAX).await.unwrap().unwrap();
+            all.extend(&part[..count]);
+        }
+        assert!(all == expected, "{:?}", String::from_utf8_lossy(&all[..all.len().min(200)]));
+    }
+
+    async fn write(terminal: &Wire, bytes: &[u8]) {
+        terminal.write_all(bytes, &mut 0).await.unwrap();
+    }
+
+    fn description(stage: &Stage) -> Value {
+        stage.hub.describe()[0]["endpoints"][0].clone()
+    }
+
+    async fn is_open(stage: &Stage, open: bool) {
+        while description(stage)["open"] != open {
+            tokio::task::yield_now().await;
+        }
+    }
+
+    fn link(stage: &Stage) -> (EndpointSpec, PathBuf) {
+        let link = stage.path("terminal");
+        (EndpointSpec::Pty { link: Some(link.clone()) }, link)
+    }
+
+    #[test]
+    fn whoever_opens_the_terminal_of_a_console_is_shown_it_and_types() {
+        let stage = Stage::new(1);
+        let (spec, link) = link(&stage);
+        let mut guest = stage.plug("console", true, spec);
+        stage.play(async || {
+            guest.until(|port| port.takes_output()).await;
+            guest.write(b"before anybody came\r\n").await;
+            for _ in 0..3 {
+                let terminal = opened(&link);
+                expect(&terminal, b"before anybody came\r\n").await;
+                write(&terminal, b"\x03a\rb\n").await;
+                assert_eq!(guest.read_exactly(5).await, b"\x03a\rb\n");
+                drop(terminal);
+                is_open(&stage, false).await;
+            }
+        });
+        let terminal = std::fs::read_link(&link).unwrap();
+        drop(stage);
+        assert!(std::fs::symlink_metadata(&link).is_err());
+        assert!(!terminal.exists(), "nobody holds the other end");
+    }
+
+    #[test]
+    fn terminal_that_nobody_reads_holds_up_nobody_and_is_empty_for_the_next() {
+        let stage = Stage::new(1);
+        let (spec, link) = link(&stage);
+        let mut guest = stage.plug("console", true, spec);
+        stage.play(async || {
+            guest.until(|port| port.takes_output()).await;
+            let stalled = opened(&link);
+            is_open(&stage, true).await;
+            for part in pattern(1 << 20).chunks(32 << 10) {
+                guest.write(part).await;
+                tokio::task::yield_now().await;
+            }
+            drop(stalled);
+            is_open(&stage, false).await;
+            let last = pattern(64 << 10);
+            guest.write(&last).await;
+            let next = opened(&link);
+            expect(&next, &last).await;
+        });
+    }
+
+    #[test]
+    fn data_port_is_open_while_its_terminal_is() {
+        let stage = Stage::new(1);
+        let (spec, link) = link(&stage);
+        let mut guest = stage.plug("data", false, spec);
+        let id = guest.id();
+        let mut reads = stage.guest_that_reads(id);
+        stage.play(async || {
+            assert_eq!(guest.try_write(b"early"), 0);
+            for _ in 0..3 {
+                let terminal = opened(&link);
+                guest.until(|port| port.takes_output()).await;
+                let (there, back) = (pattern(1 << 20), pattern((1 << 20) + 1));
+                tokio::join!(
+                    guest.write(&there),
+                    expect(&terminal, &there),
+                    async { assert!(reads.read_exactly(back.len()).await == back) },
+                    write(&terminal, &back),
+                );
+                drop(terminal);
+                guest.until(|port| !port.takes_output()).await;
+                while stage.is_host_open(0) {
+                    tokio::task::yield_now().await;
+                }
+            }
+        });
+        assert_eq!(description(&stage)["lost_bytes"], 0);
+    }
+
+    #[test]
+    fn what_was_typed_before_the_terminal_was_closed_arrives() {
+        let stage = Stage::new(1);
+        let (spec, link) = link(&stage);
+        let mut guest = stage.plug("data", false, spec);
+        stage.play(async || {
+            let terminal = opened(&link);
+            write(&terminal, b"last words").await;
+            drop(terminal);
+            assert_eq!(guest.read_exactly(10).await, b"last words");
+            while stage.is_host_open(0) {
+                tokio::task::yield_now().await;
+            }
+        });
+    }
+
+    #[test]
+    fn only_a_link_to_a_terminal_that_is_gone_is_replaced() {
+        let stage = Stage::new(2);
+        let (endpoint, link) = link(&stage);
+        let spec = PortSpec { name: None, is_console: true, id: None, endpoints: vec![endpoint] };
+        let refused = || {
+            let error = stage.hub.plug(&spec).unwrap_err().to_string();
+            assert!(error.contains("left as it is") && error.contains("terminal"), "{error}");
+        };
+        std::fs::write(&link, "a file").unwrap();
+        refused();
+        std::fs::remove_file(&link).unwrap();
+        std::os::unix::fs::symlink("/etc/passwd", &link).unwrap();
+        refused();
+        std::fs::remove_file(&link).unwrap();
+        std::os::unix::fs::symlink("/dev/pts/999999", &link).unwrap();
+        let id = stage.hub.plug(&spec).unwrap();
+        assert!(std::fs::read_link(&link).unwrap().exists());
+        refused();
+        stage.hub.unplug(&id.to_string()).unwrap();
+        assert!(std::fs::symlink_metadata(&link).is_err());
+        std::os::unix::fs::symlink("/nowhere", &link).unwrap();
+        refused();
+    }
+}

@@ -72,6 +72,16 @@ impl Stage {
         Guest { author: Some(guest.port().take_author()), ..guest }
     }
 
+    /// A guest's end of a port that another one writes to.
+    pub(crate) fn guest_that_reads(&self, id: u16) -> Guest {
+        Guest { shared: Arc::clone(&self.shared), id, author: None }
+    }
+
+    /// What the guest is to know of the host's end.
+    pub(crate) fn is_host_open(&self, id: u16) -> bool {
+        self.shared.conversation().is_host_open(id)
+    }
+
     /// Runs `script` while the hub does.
     pub(crate) fn play(&self, script: impl AsyncFnOnce()) {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
@@ -97,6 +107,10 @@ pub(crate) struct Guest {
 }
 
 impl Guest {
+    pub(crate) fn id(&self) -> u16 {
+        self.id
+    }
+
     pub(crate) fn port(&self) -> &Port {
         &self.shared.ports()[usize::from(self.id)]
     }

@@ -64,7 +64,11 @@ impl Wire {
 
     /// Reads up to as much as `limit` says at the moment when there is something; 0 bytes at the end, `None` if the limit
     /// is 0.
-    async fn read(&self, into: &mut [u8], limit: impl Fn() -> usize) -> io::Result<Option<usize>> {
+    pub(crate) async fn read(
+        &self,
+        into: &mut [u8],
+        limit: impl Fn() -> usize,
+    ) -> io::Result<Option<usize>> {
         match &self.0 {
             Way::Watched(watched) => loop {
                 let mut ready = watched.readable().await?;
@@ -113,7 +117,7 @@ impl Wire {
     }
 
     /// Writes all of this, as far as `rest` says afterwards.
-    async fn write_all(&self, from: &[u8], rest: &mut u64) -> io::Result<()> {
+    pub(crate) async fn write_all(&self, from: &[u8], rest: &mut u64) -> io::Result<()> {
         let mut from = from;
         *rest = from.len() as u64;
         while !from.is_empty() {
