@@ -19,7 +19,7 @@ use std::time::Duration;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{CWD, Mode, OFlags, inotify};
 use rustix::io::Errno;
-use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+use rustix::pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, ptsname, unlockpt};
 use rustix::termios::{OptionalActions, QueueSelector, tcflush, tcgetattr, tcsetattr};
 use serde_json::{Value, json};
 use tokio::io::Interest;
@@ -189,11 +189,18 @@ impl Pty {
             }
             self.is_open.store(false, Ordering::Relaxed);
             info!("terminal {} closed", self.path.display());
-            // What nobody has read there is not for the next one.
-            if let Err(cause) = tcflush(&self.line, QueueSelector::OFlush) {
+            if let Err(cause) = self.clear() {
                 warn!(%cause, "the terminal {:?} cannot be cleared", self.path);
             }
         }
+    }
+
+    /// Throws away what nobody has read at the other end: it is not for the next one.
+    fn clear(&self) -> Result<(), Errno> {
+        // What has not been passed on to the other end's reader yet, then what has: that only the other end can.
+        tcflush(&self.line, QueueSelector::OFlush)?;
+        let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
+        tcflush(ioctl_tiocgptpeer(&self.line, flags)?, QueueSelector::IFlush)
     }
 
     /// Waits until somebody has the other end open.

@@ -265,3 +265,172 @@ impl Drop for RawTerminal {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::os::fd::{AsFd, AsRawFd, IntoRawFd, OwnedFd};
+    use std::os::unix::net::UnixStream as StdStream;
+
+    use rustix::pty::{OpenptFlags, openpt, ptsname, unlockpt};
+    use rustix::termios::{InputModes, LocalModes, tcgetattr};
+    use serde_json::Value;
+
+    use super::RawTerminal;
+    use crate::endpoint::stage::{Peer, Stage, pattern};
+    use crate::port_spec::{EndpointSpec, PortSpec};
+
+    fn description(stage: &Stage) -> Value {
+        stage.hub.describe()[0]["endpoints"][0].clone()
+    }
+
+    /// What an endpoint is given, as if it had been passed at start.
+    fn pass(fd: impl Into<OwnedFd>) -> EndpointSpec {
+        let fd: OwnedFd = fd.into();
+        rustix::io::fcntl_setfd(&fd, rustix::io::FdFlags::empty()).unwrap();
+        EndpointSpec::Fd(fd.into_raw_fd())
+    }
+
+    fn peer() -> (EndpointSpec, StdStream) {
+        let (ours, theirs) = StdStream::pair().unwrap();
+        theirs.set_nonblocking(true).unwrap();
+        (pass(ours), theirs)
+    }
+
+    #[test]
+    fn socket_that_was_passed_is_a_data_ports_other_end() {
+        let stage = Stage::new(1);
+        let (spec, theirs) = peer();
+        let mut guest = stage.plug("data", false, spec);
+        let mut reads = stage.guest_that_reads(guest.id());
+        stage.play(async || {
+            guest.until(|port| port.takes_output()).await;
+            let (there, back) = (pattern(1 << 20), pattern((1 << 20) + 1));
+            let mut peer = Peer(tokio::net::UnixStream::from_std(theirs).unwrap());
+            tokio::join!(guest.write(&there), peer.expect(&there));
+            tokio::join!(peer.write(&back), async {
+                assert!(reads.read_exactly(back.len()).await == back);
+            });
+            drop(peer);
+            while description(&stage)["output"] != "ended" {
+                tokio::task::yield_now().await;
+            }
+            // The port stays open, and nobody is waited for.
+            guest.write(&there).await;
+            assert!(stage.is_host_open(0));
+        });
+        assert_eq!(description(&stage)["input"], "ended");
+    }
+
+    #[test]
+    fn socket_of_a_console_is_shown_the_past_and_holds_up_nobody() {
+        let stage = Stage::new(1);
+        let (spec, theirs) = peer();
+        let mut guest = stage.plug("console", true, spec);
+        stage.play(async || {
+            guest.until(|port| port.takes_output()).await;
+            guest.write(b"hello").await;
+            let mut peer = Peer(tokio::net::UnixStream::from_std(theirs).unwrap());
+            peer.expect(b"hello").await;
+            peer.write(b"typed").await;
+            assert_eq!(guest.read_exactly(5).await, b"typed");
+            for part in pattern(2 << 20).chunks(32 << 10) {
+                guest.write(part).await;
+                tokio::task::yield_now().await;
+            }
+        });
+    }
+
+    #[test]
+    fn pipes_go_one_way_and_the_shells_end_still_blocks() {
+        let stage = Stage::new(1);
+        let (reader, writer) = rustix::pipe::pipe().unwrap();
+        rustix::fs::fcntl_setfl(&reader, rustix::fs::OFlags::NONBLOCK).unwrap();
+        let shells = writer.try_clone().unwrap();
+        let mut guest = stage.plug("data", false, pass(writer));
+        stage.play(async || {
+            guest.until(|port| port.takes_output()).await;
+            guest.write(b"out").await;
+            let mut bytes = [0; 3];
+            while rustix::io::read(&reader, &mut bytes) != Ok(3) {
+                tokio::task::yield_now().await;
+            }
+            assert_eq!(&bytes, b"out");
+            let flags = rustix::fs::fcntl_getfl(&shells).unwrap();
+            assert!(!flags.contains(rustix::fs::OFlags::NONBLOCK));
+            drop(reader);
+            while description(&stage)["output"] != "ended" {
+                tokio::task::yield_now().await;
+            }
+        });
+    }
+
+    #[test]
+    fn file_that_was_passed_gets_every_byte() {
+        let stage = Stage::new(1);
+        let path = stage.path("file");
+        let file = std::fs::File::create(&path).unwrap();
+        let mut guest = stage.plug("data", false, pass(file));
+        stage.play(async || {
+            guest.until(|port| port.takes_output()).await;
+            let all = pattern(3 << 20);
+            guest.write(&all).await;
+            while std::fs::metadata(&path).unwrap().len() < all.len() as u64 {
+                tokio::task::yield_now().await;
+            }
+            assert!(std::fs::read(&path).unwrap() == all);
+        });
+    }
+
+    #[test]
+    fn file_is_read_to_its_end() {
+        let stage = Stage::new(1);
+        let path = stage.path("file");
+        let all = pattern(1 << 20);
+        std::fs::write(&path, &all).unwrap();
+        let mut guest = stage.plug("data", false, pass(std::fs::File::open(&path).unwrap()));
+        stage.play(async || {
+            assert!(guest.read_exactly(all.len()).await == all);
+            while description(&stage)["input"] != "ended" {
+                tokio::task::yield_now().await;
+            }
+        });
+    }
+
+    #[test]
+    fn descriptor_that_is_not_open_and_the_daemons_own_are_refused() {
+        let stage = Stage::new(1);
+        let own = tempfile::tempfile().unwrap();
+        for (fd, reason) in [(900_000, "is it open"), (own.as_raw_fd(), "opened itself")] {
+            let endpoints = vec![EndpointSpec::Fd(fd)];
+            let spec = PortSpec { name: None, is_console: false, id: None, endpoints };
+            let error = stage.hub.plug(&spec).unwrap_err().to_string();
+            assert!(error.contains(&format!("fd:{fd}")) && error.contains(reason), "{error}");
+        }
+        rustix::io::fcntl_getfd(&own).unwrap();
+    }
+
+    #[test]
+    fn terminal_is_raw_but_for_signals_until_the_end() {
+        let ours = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
+        unlockpt(&ours).unwrap();
+        let name = ptsname(&ours, Vec::new()).unwrap();
+        let mut terminal =
+            std::fs::File::options().read(true).write(true).open(name.to_str().unwrap()).unwrap();
+        let before = tcgetattr(&terminal).unwrap();
+        let raw = RawTerminal::new(terminal.as_fd()).unwrap().unwrap();
+        let meanwhile = tcgetattr(&terminal).unwrap();
+        assert!(!meanwhile.local_modes.intersects(LocalModes::ICANON | LocalModes::ECHO));
+        assert!(meanwhile.local_modes.contains(LocalModes::ISIG));
+        assert!(!meanwhile.input_modes.contains(InputModes::ICRNL));
+        drop(raw);
+        let after = tcgetattr(&terminal).unwrap();
+        assert_eq!(after.local_modes, before.local_modes);
+        assert_eq!(after.input_modes, before.input_modes);
+        let (mut ours, mut bytes) = (std::fs::File::from(ours), [0; 2]);
+        ours.write_all(b"\r").unwrap();
+        terminal.read_exact(&mut bytes[..1]).unwrap();
+        assert_eq!(bytes[0], b'\n');
+        assert!(RawTerminal::new(tempfile::tempfile().unwrap().as_fd()).unwrap().is_none());
+    }
+}

@@ -80,6 +80,8 @@ impl Wire {
                 match ready.try_io(read) {
                     Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
                     Ok(read) => return read.map(Some),
+                    // A terminal that was hung up and opened again: to the runtime it is ready for ever.
+                    Err(_would_block) if ready.ready().is_read_closed() => return Ok(Some(0)),
                     Err(_would_block) => {}
                 }
             },
@@ -104,10 +106,18 @@ impl Wire {
     /// Writes some of this, at least one byte.
     async fn write(&self, from: &[u8]) -> io::Result<usize> {
         match &self.0 {
-            Way::Watched(watched) => {
-                let write = |fd: &OwnedFd| Ok(rustix::io::write(fd, from)?);
-                watched.async_io(Interest::WRITABLE, write).await
-            }
+            Way::Watched(watched) => loop {
+                let mut ready = watched.writable().await?;
+                let write = |fd: &AsyncFd<OwnedFd>| Ok(rustix::io::write(fd.get_ref(), from)?);
+                match ready.try_io(write) {
+                    Ok(written) => return written,
+                    // A terminal that is hung up: to the runtime it is ready for ever.
+                    Err(_would_block) if ready.ready().is_write_closed() => {
+                        return Err(io::ErrorKind::BrokenPipe.into());
+                    }
+                    Err(_would_block) => {}
+                }
+            },
             Way::Blocking(file) => {
                 let (file, bytes) = (Arc::clone(file), from.to_vec());
                 let written = spawn_blocking(move || rustix::io::write(&file, &bytes));
