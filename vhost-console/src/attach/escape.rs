@@ -61,8 +61,8 @@ impl FromStr for EscapeKey {
 impl fmt::Display for EscapeKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.0 {
-            None => f.write_str("none"),
-            Some(byte) => f.write_str(&key_name(byte)),
+            None => f.pad("none"),
+            Some(byte) => f.pad(&key_name(byte)),
         }
     }
 }
@@ -166,7 +166,7 @@ pub(super) fn help(key: EscapeKey) -> Vec<String> {
         ("t", "take over: from now on you type, and nobody else"),
         ("r", "release: the keyboard is free for others"),
         ("w", "who is here, and who types"),
-        ("s KEY", "SysRq KEY, where the guest's kernel listens to it on its console (h: its help)"),
+        ("s KEY", "SysRq KEY, where the guest's kernel takes it from its console"),
     ];
     let commands = lines.map(|(keys, what)| format!("  {key} {keys:<7} {what}"));
     let itself = format!("  {key} {key:<7} {key} itself");
@@ -267,7 +267,7 @@ mod tests {
         for keys in ["^] ?", "^] . or d", "^] t", "^] r", "^] w", "^] s KEY", "^] ^]"] {
             assert!(help.contains(keys), "{keys}: {help}");
         }
-        assert!(help.lines().all(|line| line.len() <= 90));
+        assert!(help.lines().all(|line| line.len() <= 80));
     }
 
     /// All that was typed, with neighbouring input joined: what is left of how it was cut.

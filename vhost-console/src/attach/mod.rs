@@ -39,7 +39,7 @@ const SIGNAL_STATUS: u8 = 128;
 ///
 /// Without a terminal at stdin, input and output are copied as they are, without an escape character.
 #[derive(Debug, Parser)]
-#[command(name = "vhost-console attach", version, after_long_help = EXAMPLES, max_term_width = 100)]
+#[command(name = "attach", bin_name = "vhost-console attach", version, after_long_help = EXAMPLES, max_term_width = 100)]
 struct Options {
     /// Socket of the console: the PATH of its endpoint=unix:PATH
     #[arg(value_name = "PATH")]

@@ -76,3 +76,47 @@ fn restore() {
         let _gone = tcsetattr(io::stdin(), OptionalActions::Now, &before);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::env;
+    use std::mem;
+    use std::process::{Command, Stdio};
+
+    use rustix::pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, unlockpt};
+
+    use super::*;
+
+    /// Tells this program, started anew by its test, that stdin is a terminal to panic on.
+    const PANICS: &str = "OUTBOARD_TEST_PANICS";
+
+    #[test]
+    fn panic_restores_the_terminal() {
+        if env::var_os(PANICS).is_some() {
+            // Released builds drop nothing in a panic.
+            mem::forget(Terminal::enter().unwrap().expect("stdin is a terminal"));
+            let now = format!("{:?}", tcgetattr(io::stdin()).unwrap());
+            panic!("raw: {now}");
+        }
+        let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
+        let user = openpt(flags).unwrap();
+        grantpt(&user).unwrap();
+        unlockpt(&user).unwrap();
+        let terminal = ioctl_tiocgptpeer(&user, flags).unwrap();
+        let before = format!("{:?}", tcgetattr(&terminal).unwrap());
+        let output = Command::new(env::current_exe().unwrap())
+            .args([
+                "--exact",
+                "attach::terminal::tests::panic_restores_the_terminal",
+                "--nocapture",
+            ])
+            .env(PANICS, "1")
+            .stdin(Stdio::from(terminal.try_clone().unwrap()))
+            .output()
+            .unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert!(said.contains("raw: "), "it has panicked: {said}");
+        assert!(!said.contains(&before), "it was not raw: {said}");
+        assert_eq!(format!("{:?}", tcgetattr(&terminal).unwrap()), before);
+    }
+}
