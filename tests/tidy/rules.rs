@@ -55,6 +55,8 @@ const PARSERS: &[&str] = &[
     "vhost-net/src/backend/netlink.rs",
     "vhost-net/src/backend/spec.rs",
     "vhost-net/src/backend/stream/framing.rs",
+    "vhost-console/src/attach/escape.rs",
+    "vhost-console/src/attach/operator.rs",
 ];
 
 /// The lints that a parsing module denies.
