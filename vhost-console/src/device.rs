@@ -297,8 +297,13 @@ impl Device for ConsoleDevice {
 
     fn open_queue(&self, index: u16, features: u64, _queue_size: u16) -> ConsoleQueue {
         self.negotiated(features);
+        let role = Role::of(index, features);
+        if features & VIRTIO_CONSOLE_F_MULTIPORT == 0 && role == Role::Transmit(0) {
+            // Linux looks at the size of a plain console when that changes, and not before.
+            self.shared.resized.notify_one();
+        }
         let shared = Arc::clone(&self.shared);
-        match Role::of(index, features) {
+        match role {
             Role::Receive(port) => ConsoleQueue::Receive(Receiver::new(shared, port)),
             Role::Transmit(port) => ConsoleQueue::Transmit(Transmitter::new(shared, port)),
             Role::ControlReceive => ConsoleQueue::ControlReceive(ToDriver::new(shared)),

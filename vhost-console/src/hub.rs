@@ -156,19 +156,17 @@ impl Hub {
 
     fn describe_plug(&self, plug: &Plug) -> Value {
         let (id, port) = (plug.at.id(), plug.at.port());
-        let (size, guest_ready) = {
-            let conversation = self.shared.conversation();
-            (conversation.plugged(id).map(|plugged| plugged.size), conversation.is_ready(id))
-        };
+        let conversation = self.shared.conversation();
+        let size = conversation.plugged(id).map(|plugged| plugged.size);
         let size = size.filter(|_| plug.is_console);
         let endpoints: Value = plug.endpoints.iter().map(|endpoint| endpoint.describe()).collect();
         json!({
             "id": id,
             "name": plug.name,
             "console": plug.is_console,
-            "guest_ready": guest_ready,
+            "guest_ready": conversation.is_ready(id),
             "guest_open": port.is_guest_open(),
-            "host_open": port.takes_output(),
+            "host_open": conversation.is_host_open(id),
             "columns": size.map(|size| size.columns),
             "rows": size.map(|size| size.rows),
             "bytes_out": port.transcript().len_bytes(),

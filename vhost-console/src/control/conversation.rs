@@ -111,6 +111,11 @@ impl Conversation {
         self.places.get(usize::from(id))?.plugged.as_ref()
     }
 
+    /// The host has the port open.
+    pub(crate) fn is_host_open(&self, id: u16) -> bool {
+        self.places.get(usize::from(id)).is_some_and(|place| place.is_host_open)
+    }
+
     /// The driver has made the port.
     pub(crate) fn is_ready(&self, id: u16) -> bool {
         let known = self.places.get(usize::from(id)).and_then(|place| place.known.as_ref());
