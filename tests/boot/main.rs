@@ -1,5 +1,6 @@
 //! Real guests on real daemons, end to end: what a user of the project relies on.
 
+mod attach;
 mod control;
 mod growth;
 mod limits;
