@@ -106,3 +106,157 @@ fn who(hub: &Hub, viewer: &str) -> Result<Value, String> {
 fn no_viewer(viewer: &str) -> String {
     format!("there is no viewer {viewer:?}")
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::{COMMANDS, answer};
+    use crate::endpoint::stage::{Peer, Stage};
+
+    fn ask(stage: &Stage, line: Value) -> Result<Value, String> {
+        answer(&stage.hub, &line).expect("a command of the device's")
+    }
+
+    fn refusal(stage: &Stage, line: Value) -> String {
+        ask(stage, line).expect_err("the command is wrong")
+    }
+
+    /// The roles of the first port's viewers.
+    fn roles(stage: &Stage) -> Vec<Value> {
+        let ports = ask(stage, json!({ "command": "ports" })).unwrap();
+        let viewers = ports[0]["endpoints"][0]["viewers"].as_array().unwrap();
+        viewers.iter().map(|viewer| viewer["role"].clone()).collect()
+    }
+
+    async fn until_roles_are(stage: &Stage, expected: &[&str]) {
+        while roles(stage) != expected {
+            tokio::task::yield_now().await;
+        }
+    }
+
+    #[test]
+    fn command_of_another_kind_is_not_the_devices() {
+        let stage = Stage::new(1);
+        for line in [json!({ "command": "stats" }), json!({}), json!([]), json!({ "command": 1 })] {
+            assert!(answer(&stage.hub, &line).is_none(), "{line}");
+        }
+        for command in COMMANDS {
+            let answered = answer(&stage.hub, &json!({ "command": command, "wrong": 1 }));
+            let error = answered.unwrap().unwrap_err();
+            assert!(error.contains(command) && error.contains("wrong"), "{error}");
+        }
+    }
+
+    #[test]
+    fn ports_are_listed_with_what_went_through_them() {
+        let stage = Stage::new(2);
+        let mut guest = stage.plug_unix("con0", true);
+        let _data = stage.plug_unix("data", false);
+        stage.play(async || {
+            let mut viewer = Peer::connect(&stage.path("con0")).await;
+            until_roles_are(&stage, &["writer"]).await;
+            guest.write(b"12345").await;
+            viewer.expect(b"12345").await;
+            viewer.write(b"abc").await;
+            guest.read_exactly(3).await;
+        });
+        let ports = ask(&stage, json!({ "command": "ports" })).unwrap();
+        let console = &ports[0];
+        assert_eq!(console["name"], "con0");
+        assert_eq!((&console["console"], &console["guest_open"]), (&json!(true), &json!(true)));
+        assert_eq!((&console["columns"], &console["rows"]), (&json!(80), &json!(24)));
+        assert_eq!((&console["bytes_out"], &console["bytes_in"]), (&json!(5), &json!(3)));
+        assert_eq!(console["endpoints"][0]["kind"], "unix");
+        let data = &ports[1];
+        assert_eq!((&data["id"], &data["name"]), (&json!(1), &json!("data")));
+        assert_eq!((&data["columns"], &data["host_open"]), (&Value::Null, &json!(false)));
+        assert_eq!(data["endpoints"][0]["client"], Value::Null);
+    }
+
+    #[test]
+    fn roles_are_taken_over_and_released() {
+        let stage = Stage::new(1);
+        let mut guest = stage.plug_unix("con0", true);
+        let path = stage.path("con0");
+        stage.play(async || {
+            let mut first = Peer::connect(&path).await;
+            until_roles_are(&stage, &["writer"]).await;
+            let mut second = Peer::connect(&path).await;
+            until_roles_are(&stage, &["writer", "watcher"]).await;
+            let taken = ask(&stage, json!({ "command": "take-over", "viewer": "2" })).unwrap();
+            assert_eq!((&taken["role"], &taken["name"]), (&json!("writer"), &json!("con0")));
+            assert_eq!(taken["viewers"].as_array().unwrap().len(), 2);
+            first.write(b"not heard").await;
+            second.write(b"heard").await;
+            assert_eq!(guest.read_exactly(5).await, b"heard");
+            let released = ask(&stage, json!({ "command": "release", "viewer": "2" })).unwrap();
+            assert_eq!(released["role"], "watcher");
+            assert_eq!(roles(&stage), ["watcher", "watcher"]);
+            let who = ask(&stage, json!({ "command": "who", "viewer": "1" })).unwrap();
+            assert_eq!((&who["port"], &who["role"]), (&json!(0), &json!("watcher")));
+            for command in ["take-over", "release", "who"] {
+                let error = refusal(&stage, json!({ "command": command, "viewer": "9" }));
+                assert!(error.contains("\"9\""), "{error}");
+            }
+        });
+    }
+
+    #[test]
+    fn paste_that_waits_stops_when_another_takes_over() {
+        let stage = Stage::new(1);
+        let mut guest = stage.plug_unix("con0", true);
+        guest.port().set_guest_open(false);
+        let path = stage.path("con0");
+        stage.play(async || {
+            let mut first = Peer::connect(&path).await;
+            until_roles_are(&stage, &["writer"]).await;
+            first.write(&[b'x'; 100_000]).await;
+            guest.until(|port| port.inbox().room() < 20_000).await;
+            let mut second = Peer::connect(&path).await;
+            until_roles_are(&stage, &["writer", "watcher"]).await;
+            ask(&stage, json!({ "command": "take-over", "viewer": "2" })).unwrap();
+            second.write(b"stop").await;
+            guest.port().set_guest_open(true);
+            let mut read = Vec::new();
+            while !read.ends_with(b"stop") {
+                read.extend(guest.read().await);
+            }
+            assert!(read.len() < 70_000, "{} bytes", read.len());
+        });
+    }
+
+    #[test]
+    fn size_is_a_consoles() {
+        let stage = Stage::new(2);
+        let _console = stage.plug_unix("con0", true);
+        let _data = stage.plug_unix("data", false);
+        let size = |port: &str, columns: u32| json!({ "command": "size", "port": port, "columns": columns, "rows": 43 });
+        ask(&stage, size("con0", 132)).unwrap();
+        let ports = ask(&stage, json!({ "command": "ports" })).unwrap();
+        assert_eq!((&ports[0]["columns"], &ports[0]["rows"]), (&json!(132), &json!(43)));
+        ask(&stage, size("0", 133)).unwrap();
+        for (port, columns, word) in [
+            ("data", 80, "\"data\""),
+            ("none", 80, "\"none\""),
+            ("con0", 0, "nonzero"),
+            ("7", 80, "\"7\""),
+        ] {
+            let error = refusal(&stage, size(port, columns));
+            assert!(error.contains(word), "{error}");
+        }
+    }
+
+    #[test]
+    fn port_is_removed_by_name_or_number() {
+        let stage = Stage::new(2);
+        let _console = stage.plug_unix("con0", true);
+        let _data = stage.plug_unix("data", false);
+        ask(&stage, json!({ "command": "port-remove", "port": "data" })).unwrap();
+        ask(&stage, json!({ "command": "port-remove", "port": "0" })).unwrap();
+        let error = refusal(&stage, json!({ "command": "port-remove", "port": "0" }));
+        assert!(error.contains("\"0\""), "{error}");
+        assert_eq!(ask(&stage, json!({ "command": "ports" })).unwrap(), json!([]));
+        assert!(!stage.path("data").exists() && !stage.path("con0").exists());
+    }
+}

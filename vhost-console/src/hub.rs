@@ -281,3 +281,97 @@ impl Plug {
         tasks
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::endpoint::stage::{Peer, Stage, unix};
+    use crate::port_spec::{EndpointSpec, PortSpec};
+
+    fn spec(name: Option<&str>, id: Option<u16>) -> PortSpec {
+        let name = name.map(str::to_owned);
+        PortSpec { name, is_console: true, id, endpoints: vec![EndpointSpec::Null] }
+    }
+
+    #[test]
+    fn ports_have_the_places_that_they_want_or_the_next_that_is_free() {
+        let stage = Stage::new(4);
+        let hub = &stage.hub;
+        assert_eq!(hub.plug(&spec(Some("a"), Some(1))).unwrap(), 1);
+        assert_eq!(hub.plug(&spec(Some("b"), None)).unwrap(), 0);
+        assert_eq!(hub.plug(&spec(None, None)).unwrap(), 2);
+        let refusal = |name, id| hub.plug(&spec(name, id)).unwrap_err().to_string();
+        assert!(refusal(None, Some(1)).contains("port 1"));
+        assert!(refusal(None, Some(4)).contains("0 to 3"));
+        assert!(refusal(Some("a"), None).contains("\"a\""));
+        assert_eq!(hub.plug(&spec(None, None)).unwrap(), 3);
+        assert!(refusal(None, None).contains("all 4"));
+        assert_eq!(hub.unplug("a").unwrap(), 1);
+        assert_eq!(hub.plug(&spec(Some("a"), None)).unwrap(), 1);
+    }
+
+    #[test]
+    fn name_is_looked_for_before_a_number() {
+        let stage = Stage::new(3);
+        stage.hub.plug(&spec(Some("1"), Some(2))).unwrap();
+        stage.hub.plug(&spec(None, Some(1))).unwrap();
+        assert_eq!(stage.hub.find("1").unwrap(), 2);
+        assert_eq!(stage.hub.find("2").unwrap(), 2);
+        assert!(stage.hub.find("0").unwrap_err().to_string().contains("\"0\""));
+    }
+
+    #[test]
+    fn port_whose_endpoint_cannot_be_opened_is_not_there() {
+        let stage = Stage::new(1);
+        let path = stage.path("console");
+        let mut both = spec(None, None);
+        both.endpoints = vec![unix(&path), unix(&stage.path("none/console"))];
+        let error = stage.hub.plug(&both).unwrap_err().to_string();
+        assert!(error.contains("none/console"), "{error}");
+        assert!(!path.exists());
+        assert!(stage.hub.plug(&spec(None, None)).is_ok());
+    }
+
+    #[test]
+    fn port_that_is_plugged_in_later_is_served_and_starts_anew() {
+        let stage = Stage::new(2);
+        let mut guest = stage.plug_unix("first", true);
+        stage.play(async || {
+            guest.until(|port| port.takes_output()).await;
+            guest.write(b"of the first").await;
+            stage.hub.unplug("first").unwrap();
+            assert!(!guest.port().takes_output());
+            stage
+                .hub
+                .plug(&PortSpec {
+                    endpoints: vec![unix(&stage.path("second"))],
+                    ..spec(Some("second"), Some(0))
+                })
+                .unwrap();
+            guest.until(|port| port.takes_output()).await;
+            guest.write(b"of the second").await;
+            Peer::connect(&stage.path("second")).await.expect(b"of the second").await;
+        });
+    }
+
+    #[test]
+    fn every_endpoint_of_a_port_is_served() {
+        let stage = Stage::new(1);
+        let (one, two) = (stage.path("one"), stage.path("two"));
+        let mut both = spec(None, None);
+        both.endpoints = vec![unix(&one), unix(&two), EndpointSpec::Null];
+        let id = stage.hub.plug(&both).unwrap();
+        let mut guest = stage.guest(id);
+        stage.play(async || {
+            let (mut one, mut two) = (Peer::connect(&one).await, Peer::connect(&two).await);
+            guest.until(|port| port.takes_output()).await;
+            guest.write(b"all").await;
+            one.expect(b"all").await;
+            two.expect(b"all").await;
+            // Each has a writer of its own.
+            one.write(b"1").await;
+            assert_eq!(guest.read().await, b"1");
+            two.write(b"2").await;
+            assert_eq!(guest.read().await, b"2");
+        });
+    }
+}
