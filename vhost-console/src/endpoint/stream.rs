@@ -53,6 +53,12 @@ impl std::fmt::Display for Name {
     }
 }
 
+/// What is read from and what is written to.
+struct Wires {
+    input: Option<Rc<Wire>>,
+    output: Option<Rc<Wire>>,
+}
+
 /// Which way a descriptor is used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Ways {
@@ -149,7 +155,7 @@ impl Stream {
     }
 
     pub(crate) async fn serve(&self, at: &At) -> Infallible {
-        let (input, output) = match self.wires() {
+        let Wires { input, output } = match self.wires() {
             Ok(wires) => wires,
             Err(cause) => {
                 warn!(%cause, "endpoint={} cannot be served", self.name);
@@ -174,8 +180,7 @@ impl Stream {
         std::future::pending().await
     }
 
-    /// What is read from and what is written to.
-    fn wires(&self) -> io::Result<(Option<Rc<Wire>>, Option<Rc<Wire>>)> {
+    fn wires(&self) -> io::Result<Wires> {
         let wire = |fd: &Option<OwnedFd>| {
             let fd = fd.as_ref().map(OwnedFd::try_clone).transpose()?;
             io::Result::Ok(fd.map(Wire::new).transpose()?.map(Rc::new))
@@ -183,7 +188,7 @@ impl Stream {
         let (input, output) = (wire(&self.input)?, wire(&self.output)?);
         let writes = |fd: &OwnedFd| Ways::of(fd.as_fd()).is_ok_and(|ways| ways.writes);
         let both = input.clone().filter(|_| self.input.as_ref().is_some_and(writes));
-        Ok((input, output.or(both)))
+        Ok(Wires { output: output.or(both), input })
     }
 
     /// Writes what the port puts out until it cannot be written any more.
