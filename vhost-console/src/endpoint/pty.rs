@@ -264,10 +264,13 @@ fn set_raw(terminal: &Path) -> Result<(), Errno> {
     tcsetattr(&terminal, OptionalActions::Now, &settings)
 }
 
+/// Nobody has the other end open, and what the last one typed has been read.
 fn is_hung_up(line: impl AsFd) -> bool {
-    let mut fds = [PollFd::new(&line, PollFlags::empty())];
+    let mut fds = [PollFd::new(&line, PollFlags::IN)];
+    let is_hung_up =
+        |events: PollFlags| events.contains(PollFlags::HUP) && !events.contains(PollFlags::IN);
     poll(&mut fds, Some(&Timespec::default())).is_ok()
-        && fds.iter().any(|fd| fd.revents().contains(PollFlags::HUP))
+        && fds.iter().any(|fd| is_hung_up(fd.revents()))
 }
 
 #[cfg(test)]
