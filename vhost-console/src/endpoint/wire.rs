@@ -72,8 +72,7 @@ impl Wire {
         match &self.0 {
             Way::Watched(watched) => loop {
                 let mut ready = watched.readable().await?;
-                // A guard that has been cleared knows nothing any more.
-                let is_closed = ready.ready().is_read_closed();
+                let was_hung_up = ready.ready().is_read_closed();
                 let limit = limit().min(into.len());
                 let Some(into) = into.get_mut(..limit).filter(|into| !into.is_empty()) else {
                     return Ok(None);
@@ -83,7 +82,7 @@ impl Wire {
                     Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}
                     Ok(read) => return read.map(Some),
                     // A terminal that was hung up and opened again: to the runtime it is ready for ever.
-                    Err(_would_block) if is_closed => return Ok(Some(0)),
+                    Err(_would_block) if was_hung_up => return Ok(Some(0)),
                     Err(_would_block) => {}
                 }
             },
@@ -110,12 +109,12 @@ impl Wire {
         match &self.0 {
             Way::Watched(watched) => loop {
                 let mut ready = watched.writable().await?;
-                let is_closed = ready.ready().is_write_closed();
+                let is_hung_up = ready.ready().is_write_closed();
                 let write = |fd: &AsyncFd<OwnedFd>| Ok(rustix::io::write(fd.get_ref(), from)?);
                 match ready.try_io(write) {
                     Ok(written) => return written,
                     // A terminal that is hung up: to the runtime it is ready for ever.
-                    Err(_would_block) if is_closed => {
+                    Err(_would_block) if is_hung_up => {
                         return Err(io::ErrorKind::BrokenPipe.into());
                     }
                     Err(_would_block) => {}
