@@ -55,6 +55,9 @@ const PARSERS: &[&str] = &[
     "vhost-net/src/backend/netlink.rs",
     "vhost-net/src/backend/spec.rs",
     "vhost-net/src/backend/stream/framing.rs",
+    "vhost-console/src/config.rs",
+    "vhost-console/src/control.rs",
+    "vhost-console/src/control",
     "vhost-console/src/attach/escape.rs",
     "vhost-console/src/attach/operator.rs",
 ];

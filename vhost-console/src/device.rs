@@ -4,7 +4,7 @@
 
 use std::convert::Infallible;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use common::device::{Device, DeviceQueue, QueueIo, Runtime};
@@ -16,7 +16,7 @@ use crate::command::{COMMANDS, answer};
 use crate::config::{
     self, Role, Size, VIRTIO_CONSOLE_F_MULTIPORT, emergency_write, features, queue_count,
 };
-use crate::control::{Conversation, FromDriver, Order, ToDriver};
+use crate::control::{Conversation, FromDriver, Order, Stance, ToDriver};
 use crate::doorbell::Doorbell;
 use crate::drops::DROPS;
 use crate::hub::Hub;
@@ -127,8 +127,7 @@ impl Shared {
 
     /// Plugs a port in at a place that is free. On the main thread, as all that follows.
     pub(crate) fn plug(&self, id: u16, plugged: Plugged) {
-        let port = &self.ports[usize::from(id)];
-        port.transcript().begin_anew();
+        self.ports[usize::from(id)].begin_anew();
         if id == 0 {
             self.set_config_size(plugged.size);
         }
@@ -140,10 +139,6 @@ impl Shared {
         let port = &self.ports[usize::from(id)];
         port.set_takes_output(false);
         self.converse(|conversation| conversation.unplug(id));
-        // Where there are no control messages, whatever is plugged in is open.
-        if self.shape.has_several_ports {
-            port.set_guest_open(false);
-        }
         port.inbox().clear();
     }
 
@@ -162,11 +157,28 @@ impl Shared {
         self.ports[usize::from(id)].look();
     }
 
-    /// Has a word with the conversation, and wakes the queue that passes on what came of it. From any thread.
+    /// Has a word with the conversation, and wakes the queues that do what came of it. From any thread.
     pub(crate) fn converse<T>(&self, word: impl FnOnce(&mut Conversation) -> T) -> T {
-        let said = word(&mut self.conversation());
+        let mut conversation = self.conversation();
+        let before: Vec<_> = self.stances(&conversation).collect();
+        let said = word(&mut conversation);
+        // The ports follow while the lock is held: else the one who spoke first could have the last word.
+        let after = self.stances(&conversation);
+        for ((port, before), after) in self.ports.iter().zip(before).zip(after) {
+            if before.is_guest_open != after.is_guest_open {
+                port.set_guest_open(after.is_guest_open);
+            }
+            if before.discards_output != after.discards_output {
+                port.set_discards_output(after.discards_output);
+            }
+        }
+        drop(conversation);
         self.control_bell.ring_if_armed();
         said
+    }
+
+    fn stances(&self, conversation: &Conversation) -> impl Iterator<Item = Stance> {
+        (0..self.shape.ports_max).map(|id| conversation.stance(id))
     }
 
     /// The conversation, to look at.
@@ -187,41 +199,24 @@ impl Shared {
     }
 }
 
-/// No driver has acknowledged any features; no driver acknowledges these.
-const NOT_YET: u64 = u64::MAX;
-
 /// A console as a virtio device.
 pub(crate) struct ConsoleDevice {
     shared: Arc<Shared>,
     hub: Hub,
-    /// What the driver has acknowledged, as the rings that were started last have it.
-    acknowledged: AtomicU64,
 }
 
 impl ConsoleDevice {
     pub(crate) fn new(shared: Arc<Shared>) -> Self {
-        Self { hub: Hub::new(Arc::clone(&shared)), shared, acknowledged: AtomicU64::new(NOT_YET) }
+        Self { hub: Hub::new(Arc::clone(&shared)), shared }
     }
 
     pub(crate) fn hub(&self) -> &Hub {
         &self.hub
     }
 
-    /// A driver has acknowledged `features`. Without control messages ports are open.
-    fn negotiated(&self, features: u64) {
-        if self.acknowledged.swap(features, Ordering::Relaxed) == features {
-            return;
-        }
-        if features & VIRTIO_CONSOLE_F_MULTIPORT == 0 {
-            self.shared.ports.iter().for_each(|port| port.set_guest_open(true));
-        }
-    }
-
     fn forget_driver(&self) {
-        self.acknowledged.store(NOT_YET, Ordering::Relaxed);
         self.shared.converse(Conversation::restart);
         for port in &self.shared.ports {
-            port.set_guest_open(false);
             port.forget_driver();
             port.look();
         }
@@ -296,9 +291,10 @@ impl Device for ConsoleDevice {
     }
 
     fn open_queue(&self, index: u16, features: u64, _queue_size: u16) -> ConsoleQueue {
-        self.negotiated(features);
+        let has_messages = features & VIRTIO_CONSOLE_F_MULTIPORT != 0;
+        self.shared.converse(|conversation| conversation.negotiated(has_messages));
         let role = Role::of(index, features);
-        if features & VIRTIO_CONSOLE_F_MULTIPORT == 0 && role == Role::Transmit(0) {
+        if !has_messages && role == Role::Transmit(0) {
             // Linux looks at the size of a plain console when that changes, and not before.
             self.shared.resized.notify_one();
         }
@@ -370,3 +366,6 @@ impl DeviceQueue for ConsoleQueue {
         }
     }
 }
+
+#[cfg(test)]
+mod simulation;

@@ -36,9 +36,9 @@ impl Doorbell {
         self.is_armed.load(Ordering::Relaxed) && self.is_armed.swap(false, Ordering::Relaxed)
     }
 
-    /// Whether somebody sleeps and has not been rung for.
-    pub(crate) fn is_armed(&self) -> bool {
-        self.is_armed.load(Ordering::Relaxed)
+    /// The last look has found something: nobody sleeps. Who rings meanwhile is heard once too often.
+    pub(crate) fn disarm(&self) {
+        self.is_armed.store(false, Ordering::Relaxed);
     }
 
     /// Rings. A queue on whose way are bytes does so [through its channel](crate::ringer).

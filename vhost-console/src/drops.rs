@@ -13,15 +13,24 @@ pub(crate) enum Drop {
     UnknownMessage,
     /// About a port that there is not.
     UnknownPort,
-    /// The driver could not make a port.
+    /// The driver could not start, or could not make a port.
     PortFailed,
     /// A control message to the driver that its buffer has no room for.
     SmallBuffer,
+    /// A chain for a port that there is not.
+    Unplugged,
 }
 
 /// The names of [`Drop`]s in metrics.
-pub(crate) const DROPS: &[&str] =
-    &["no_room", "short_message", "unknown_message", "unknown_port", "port_failed", "small_buffer"];
+pub(crate) const DROPS: &[&str] = &[
+    "no_room",
+    "short_message",
+    "unknown_message",
+    "unknown_port",
+    "port_failed",
+    "small_buffer",
+    "unplugged",
+];
 
 impl Drop {
     /// Counts one.

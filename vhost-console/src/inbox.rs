@@ -19,8 +19,8 @@ pub(crate) struct Inbox {
     pushed: AtomicU64,
     /// Bytes that were ever taken.
     taken: AtomicU64,
-    /// Bytes up to which nobody is to get them any more.
-    void: AtomicU64,
+    /// What was pushed before nobody is to get any more.
+    begin: AtomicU64,
 }
 
 impl Inbox {
@@ -29,20 +29,20 @@ impl Inbox {
             memory: OwnMemory::new(INBOX_BYTES as usize),
             pushed: AtomicU64::new(0),
             taken: AtomicU64::new(0),
-            void: AtomicU64::new(0),
+            begin: AtomicU64::new(0),
         }
     }
 
     /// Bytes that wait.
     pub(crate) fn len_bytes(&self) -> usize {
-        // Taken first: what is taken meanwhile must not be more than what was pushed.
-        let gone = self.gone();
-        (self.pushed.load(Ordering::Acquire) - gone) as usize
+        // Pushed last: what is taken meanwhile must not be more than what was pushed.
+        let start = self.start();
+        (self.pushed.load(Ordering::Acquire) - start) as usize
     }
 
-    /// Bytes that do not wait any more.
-    fn gone(&self) -> u64 {
-        self.taken.load(Ordering::Acquire).max(self.void.load(Ordering::Acquire))
+    /// Where what waits begins.
+    fn start(&self) -> u64 {
+        self.taken.load(Ordering::Acquire).max(self.begin.load(Ordering::Acquire))
     }
 
     /// Bytes that it has ever been given.
@@ -52,7 +52,8 @@ impl Inbox {
 
     /// Bytes that find room. On the main thread.
     pub(crate) fn room(&self) -> usize {
-        INBOX_BYTES as usize - self.len_bytes()
+        let taken = self.taken.load(Ordering::Acquire);
+        (INBOX_BYTES - (self.pushed.load(Ordering::Relaxed) - taken)) as usize
     }
 
     /// Puts bytes in, as far as there is room; how many. On the main thread.
@@ -62,27 +63,44 @@ impl Inbox {
         let place = (pushed % INBOX_BYTES) as usize;
         let first = self.memory.buffer().write(place, &from[..count]);
         self.memory.buffer().write(0, &from[first..count]);
-        // Pairs with the acquire in `len_bytes` as the queue calls it: the bytes are visible before they are counted.
+        // Pairs with the acquire in `take`: the bytes are visible before they are counted.
         self.pushed.store(pushed + count as u64, Ordering::Release);
         count
     }
 
-    /// Takes bytes out, as far as there are any and `into` has room; how many. By the receive queue.
+    /// Takes bytes out, as far as there are any and `into` has room; how many. By the receive queue, or by the main thread
+    /// while there is none.
     pub(crate) fn take(&self, into: Buffers<'_>) -> usize {
-        let taken = self.gone();
-        let waiting = (self.pushed.load(Ordering::Acquire) - taken) as usize;
-        let count = waiting.min(into.len_bytes());
-        let place = (taken % INBOX_BYTES) as usize;
+        let start = self.start();
+        let waiting = self.pushed.load(Ordering::Acquire) - start;
+        let count = usize::try_from(waiting).unwrap_or(usize::MAX).min(into.len_bytes());
+        let place = (start % INBOX_BYTES) as usize;
         let memory = self.memory.buffer();
         let parts = [memory.slice(place, count), memory];
         into.copy_from(Buffers::new(&parts).slice(0, count));
-        // Pairs with the acquire in `len_bytes` as the main thread calls it: the bytes are read before they are overwritten.
-        self.taken.store(taken + count as u64, Ordering::Release);
+        // Pairs with the acquire in `room`: the bytes are read before they are overwritten.
+        self.taken.store(start + count as u64, Ordering::Release);
         count
     }
 
-    /// Throws away what waits: it was for another guest, or another port. On the main thread.
+    /// Throws away what waits: it was for another guest, or another port. On the main thread. Until the receive queue [has settled](Self::settle) it
+    /// takes room, and if there is none, until there is one.
     pub(crate) fn clear(&self) {
-        self.void.store(self.pushed.load(Ordering::Relaxed), Ordering::Release);
+        // Pairs with the acquire in `start`: who sees this sees what was pushed before.
+        self.begin.store(self.pushed.load(Ordering::Relaxed), Ordering::Release);
+    }
+
+    /// Whether there is something that nobody is to get.
+    pub(crate) fn is_stale(&self) -> bool {
+        self.begin.load(Ordering::Acquire) > self.taken.load(Ordering::Relaxed)
+    }
+
+    /// Makes room of what nobody is to get; whether there was any. By the receive queue.
+    pub(crate) fn settle(&self) -> bool {
+        let is_stale = self.is_stale();
+        if is_stale {
+            self.taken.store(self.start(), Ordering::Release);
+        }
+        is_stale
     }
 }

@@ -7,6 +7,7 @@
 use std::sync::Arc;
 
 use common::device::{Account, QueueIo};
+use common::virtqueue::Chain;
 
 use crate::device::{Kind, Shared, input_channel};
 use crate::drops::Drop;
@@ -30,11 +31,14 @@ impl Receiver {
         let Some(port) = shared.ports().get(usize::from(*index)) else { return };
         let mut has_taken = false;
         loop {
+            has_taken |= port.inbox().settle();
             if !port.has_input() {
                 let (bell, channel) = (port.input_bell(), input_channel(*index));
-                if ringer.await_bell(bell, channel, io, || port.has_input()) {
+                let is_there = || port.has_input() || port.inbox().is_stale();
+                if ringer.await_bell(bell, channel, io, is_there) {
                     break;
                 }
+                continue;
             }
             let Some(chain) = io.pop() else { break };
             has_taken |= hand_over(port, chain, io);
@@ -45,9 +49,14 @@ impl Receiver {
     }
 }
 
-/// Fills a chain; false if it has no room for anything.
-fn hand_over(port: &Port, chain: common::virtqueue::Chain, io: &mut QueueIo<'_>) -> bool {
+/// Fills a chain; whether anything was taken.
+fn hand_over(port: &Port, chain: Chain, io: &mut QueueIo<'_>) -> bool {
     let count = port.inbox().take(io.writable(&chain));
+    if count == 0 && io.writable(&chain).len_bytes() > 0 {
+        // Another port has just begun, and what there was is not for it.
+        io.retract(chain);
+        return false;
+    }
     if count == 0 {
         Drop::NoRoom.count(io);
     }

@@ -24,6 +24,8 @@ pub(crate) struct Port {
     is_guest_open: AtomicBool,
     /// There is somebody for what the guest puts out.
     takes_output: AtomicBool,
+    /// What the guest puts out is not for the port that is plugged in here, if there is one.
+    discards_output: AtomicBool,
     /// Wakes the receive queue: there is input, or the guest has opened the port.
     input_bell: Doorbell,
     /// Wakes the transmit queue: there is room.
@@ -48,6 +50,7 @@ impl Port {
             inbox: Inbox::new(),
             is_guest_open: AtomicBool::new(false),
             takes_output: AtomicBool::new(false),
+            discards_output: AtomicBool::new(true),
             input_bell: Doorbell::new()?,
             room_bell: Doorbell::new()?,
             news: Notify::new(),
@@ -79,6 +82,27 @@ impl Port {
         self.takes_output.load(Ordering::Acquire)
     }
 
+    /// Whether what the guest puts out is thrown away: nothing is plugged in, or it is for the port that was before.
+    ///
+    /// Linux takes its buffers back when it hears that a port is removed, and they must not come back used after that; and the
+    /// driver of a console looks for the used entry and does nothing else.
+    pub(crate) fn discards_output(&self) -> bool {
+        self.discards_output.load(Ordering::Acquire)
+    }
+
+    /// What the guest puts out is for the port that is plugged in here, or is not.
+    pub(crate) fn set_discards_output(&self, discards: bool) {
+        self.discards_output.store(discards, Ordering::Release);
+        self.room_bell.ring_if_armed();
+    }
+
+    /// Another port is plugged in here. On the main thread.
+    pub(crate) fn begin_anew(&self) {
+        self.transcript.begin_anew();
+        self.inbox.clear();
+        self.input_bell.ring_if_armed();
+    }
+
     /// The guest has opened or closed the port.
     pub(crate) fn set_guest_open(&self, is_open: bool) {
         self.is_guest_open.store(is_open, Ordering::Release);
@@ -105,7 +129,7 @@ impl Port {
 
     /// Whether the transmit queue may go on.
     pub(crate) fn has_room(&self) -> bool {
-        self.takes_output() && self.transcript.room() > 0
+        self.discards_output() || (self.takes_output() && self.transcript.room() > 0)
     }
 
     /// A keeper has moved: the transmit queue may have room. On the main thread.
@@ -129,14 +153,22 @@ impl Port {
         self.ends().author.take().unwrap_or_else(Author::new)
     }
 
-    pub(crate) fn leave_author(&self, author: Author) {
-        self.ends().author = Some(author);
+    /// The transmit queue ends. What the emergency register was given since it has last looked comes now; whether there was
+    /// anything.
+    pub(crate) fn leave_author(&self, mut author: Author) -> bool {
+        let ends = &mut *self.ends();
+        let mut has_news = false;
+        for byte in ends.emergency.drain(..) {
+            has_news |= author.append_byte(&self.transcript, byte);
+        }
+        ends.author = Some(author);
+        has_news
     }
 
     /// The driver starts anew: what it sends has not been seen in part.
     pub(crate) fn forget_driver(&self) {
         if let Some(author) = &mut self.ends().author {
-            author.taken_bytes = 0;
+            author.forget_chain();
         }
     }
 

@@ -44,12 +44,14 @@ impl Ringer {
         io: &mut QueueIo<'_>,
         is_there: impl Fn() -> bool,
     ) -> bool {
-        if self.awaits && !bell.is_armed() {
-            // It has rung: taken back, so that it is not heard twice. `AGAIN` if that is under way.
+        if self.awaits {
+            // What has rung is taken back: a count that stays is heard for ever. Whether there is one, the bell does not tell:
+            // it may have been armed anew before the one who rings came to count. `AGAIN` if there is none.
             let _ = io.receive(channel, &[self.count.buffer()]);
         }
         bell.arm();
         if is_there() {
+            bell.disarm();
             return false;
         }
         self.awaits = true;

@@ -180,14 +180,44 @@ impl Transcript {
 /// Who may append; of each transcript there is one, which the port [keeps](crate::port::Port) while no queue has it.
 #[derive(Debug)]
 pub(crate) struct Author {
-    /// Bytes of the chain that comes next which are in the transcript already: its ring was stopped in the middle of it.
-    pub(crate) taken_bytes: usize,
+    /// The chain of which a part is in the transcript. It may be the next ring's, which begins with it again.
+    begun: Option<Begun>,
+}
+
+/// A chain that was taken in part.
+#[derive(Debug)]
+struct Begun {
+    of: ChainId,
+    taken_bytes: usize,
+}
+
+/// What a chain that was put back into its ring is known by. A guest that starts anew without resetting the device may give
+/// another one in its place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct ChainId {
+    pub(crate) slot: u16,
+    pub(crate) len_bytes: usize,
 }
 
 impl Author {
     /// The one of a new transcript.
     pub(crate) fn new() -> Self {
-        Self { taken_bytes: 0 }
+        Self { begun: None }
+    }
+
+    /// Bytes of this chain that are in the transcript already: its ring was stopped in the middle of it.
+    pub(crate) fn taken_bytes(&self, of: ChainId) -> usize {
+        self.begun.as_ref().filter(|begun| begun.of == of).map_or(0, |begun| begun.taken_bytes)
+    }
+
+    /// So much of this chain is in the transcript, which is not all.
+    pub(crate) fn remember_chain(&mut self, of: ChainId, taken_bytes: usize) {
+        self.begun = Some(Begun { of, taken_bytes });
+    }
+
+    /// The next chain is a new one.
+    pub(crate) fn forget_chain(&mut self) {
+        self.begun = None;
     }
 
     /// Appends bytes of the guest's, as far as the keepers let him; how many.

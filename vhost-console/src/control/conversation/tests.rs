@@ -1,6 +1,6 @@
 //! A driver's part is played by hand.
 
-use super::{Conversation, Heard, Message};
+use super::{Conversation, Message};
 use crate::config::Size;
 use crate::control::message::{Order, Word};
 use crate::device::Plugged;
@@ -29,11 +29,11 @@ fn message(id: u32, event: u16, value: u16) -> Vec<u8> {
 }
 
 fn device_ready(conversation: &mut Conversation) {
-    assert_eq!(conversation.hear(&message(u32::MAX, 0, 1)), Ok(Heard::Started));
+    assert_eq!(conversation.hear(&message(u32::MAX, 0, 1)), Ok(()));
 }
 
 fn port_ready(conversation: &mut Conversation, id: u32) {
-    assert_eq!(conversation.hear(&message(id, 3, 1)), Ok(Heard::Noted));
+    assert_eq!(conversation.hear(&message(id, 3, 1)), Ok(()));
 }
 
 /// All that the driver is told until it has to say something.
@@ -102,14 +102,18 @@ fn port_that_comes_again_is_another_one() {
     told(&mut conversation);
     port_ready(&mut conversation, 0);
     told(&mut conversation);
-    assert_eq!(conversation.hear(&message(0, 6, 1)), Ok(Heard::Open { id: 0, is_open: true }));
+    assert_eq!(conversation.hear(&message(0, 6, 1)), Ok(()));
     conversation.unplug(0);
-    assert!(!conversation.is_ready(0));
+    assert!(!conversation.is_ready(0) && !conversation.is_guest_open(0));
     conversation.plug(0, data());
-    // The driver closes what it had open, and has not heard yet.
-    assert_eq!(conversation.hear(&message(0, 6, 0)), Ok(Heard::Noted));
+    // The driver has not heard yet: what it says and writes is for the one before, until it is ready for this one.
+    assert_eq!(conversation.hear(&message(0, 6, 1)), Err(Drop::UnknownPort));
     assert_eq!(told(&mut conversation), [(0, Word::Remove), (0, Word::Add)]);
+    assert_eq!(conversation.hear(&message(0, 6, 1)), Err(Drop::UnknownPort));
+    let stance = conversation.stance(0);
+    assert!(stance.discards_output && !stance.is_guest_open);
     port_ready(&mut conversation, 0);
+    assert!(!conversation.stance(0).discards_output);
     assert_eq!(told(&mut conversation), []);
 }
 
@@ -134,15 +138,13 @@ fn driver_that_starts_again_is_told_all_again() {
     conversation.restart();
     assert_eq!(told(&mut conversation), []);
     // It could not start: nothing is told.
-    assert_eq!(conversation.hear(&message(0, 0, 0)), Ok(Heard::Started));
+    assert_eq!(conversation.hear(&message(0, 0, 0)), Err(Drop::PortFailed));
     assert_eq!(told(&mut conversation), []);
 }
 
 #[test]
 fn nonsense_changes_nothing() {
     let mut conversation = conversation();
-    // Before the driver has heard of any port there is none to speak of.
-    assert_eq!(conversation.hear(&message(0, 3, 1)), Err(Drop::UnknownPort));
     device_ready(&mut conversation);
     told(&mut conversation);
     for id in [1, 2, 3, 0x1_0000, u32::MAX] {
@@ -156,4 +158,45 @@ fn nonsense_changes_nothing() {
     assert_eq!(conversation.hear(&[]), Err(Drop::ShortMessage));
     assert_eq!(conversation.hear(&message(0, 3, 0)), Err(Drop::PortFailed));
     assert_eq!(told(&mut conversation), []);
+}
+
+#[test]
+fn driver_that_wakes_from_hibernation_goes_on_with_its_ports() {
+    let mut conversation = conversation();
+    conversation.plug(1, data());
+    // Linux says that it is ready for each port, and which are open; that it has started it does not say again.
+    port_ready(&mut conversation, 0);
+    assert_eq!(conversation.hear(&message(0, 6, 1)), Ok(()));
+    assert!(conversation.is_ready(0) && conversation.is_guest_open(0));
+    assert_eq!(told(&mut conversation).len(), 5);
+    conversation.unplug(0);
+    assert_eq!(told(&mut conversation), [(0, Word::Remove)]);
+}
+
+#[test]
+fn driver_that_starts_has_no_port_open() {
+    let mut conversation = conversation();
+    device_ready(&mut conversation);
+    told(&mut conversation);
+    port_ready(&mut conversation, 0);
+    assert_eq!(conversation.hear(&message(0, 6, 1)), Ok(()));
+    assert!(conversation.is_guest_open(0));
+    device_ready(&mut conversation);
+    assert!(!conversation.is_guest_open(0));
+}
+
+#[test]
+fn port_of_a_driver_without_messages_is_open_while_it_is_plugged() {
+    let mut conversation = conversation();
+    conversation.plug(1, data());
+    conversation.negotiated(false);
+    assert!(conversation.is_guest_open(0) && conversation.is_ready(0));
+    assert!(!conversation.is_guest_open(1));
+    assert_eq!(told(&mut conversation), []);
+    conversation.unplug(0);
+    assert!(!conversation.is_guest_open(0));
+    conversation.plug(0, console());
+    assert!(conversation.is_guest_open(0) && !conversation.stance(0).discards_output);
+    conversation.negotiated(true);
+    assert!(!conversation.is_guest_open(0));
 }
