@@ -104,3 +104,62 @@ impl Inbox {
         is_stale
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+
+    use common::memory::OwnMemory;
+    use common::virtqueue::Buffers;
+
+    use super::{INBOX_BYTES, Inbox};
+
+    /// Takes up to `room` bytes.
+    fn take(inbox: &Inbox, room: usize) -> Vec<u8> {
+        let memory = OwnMemory::new(room);
+        let mut bytes = vec![0; inbox.take(Buffers::new(&[memory.buffer()]))];
+        memory.buffer().read(0, &mut bytes);
+        bytes
+    }
+
+    #[test]
+    fn bytes_come_out_as_they_went_in_whoever_is_faster() {
+        let all: Vec<u8> = (0..3_000_000u32).map(|at| (at * 7 + at / 251) as u8).collect();
+        let inbox = Inbox::new();
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                let (mut rest, mut most) = (&all[..], 1);
+                while !rest.is_empty() {
+                    let count = inbox.push(&rest[..rest.len().min(most)]);
+                    rest = &rest[count..];
+                    most = most * 3 % 100_003;
+                    if count == 0 {
+                        thread::yield_now();
+                    }
+                }
+            });
+            let (mut taken, mut most) = (Vec::new(), 1);
+            while taken.len() < all.len() {
+                taken.extend(take(&inbox, most));
+                most = most * 5 % 70_001;
+                if inbox.len_bytes() == 0 {
+                    thread::yield_now();
+                }
+            }
+            assert!(taken == all);
+        });
+    }
+
+    #[test]
+    fn what_is_thrown_away_takes_room_until_the_queue_has_looked() {
+        let inbox = Inbox::new();
+        let all = vec![1; INBOX_BYTES as usize + 1];
+        assert_eq!(inbox.push(&all), INBOX_BYTES as usize);
+        inbox.clear();
+        assert_eq!((inbox.len_bytes(), inbox.room(), inbox.push(&all)), (0, 0, 0));
+        assert!(inbox.is_stale() && inbox.settle() && !inbox.settle());
+        assert_eq!(inbox.push(&[2, 3]), 2);
+        assert_eq!(take(&inbox, 10), [2, 3]);
+        assert!(!inbox.is_stale());
+    }
+}

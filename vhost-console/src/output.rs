@@ -80,10 +80,10 @@ impl Transmitter {
 impl std::ops::Drop for Transmitter {
     fn drop(&mut self) {
         let port = self.shared.ports().get(usize::from(self.port));
-        if let (Some(port), Some(author)) = (port, self.author.take()) {
-            if port.leave_author(author) {
-                self.shared.main_bell().ring_if_armed();
-            }
+        if let (Some(port), Some(author)) = (port, self.author.take())
+            && port.leave_author(author)
+        {
+            self.shared.main_bell().ring_if_armed();
         }
     }
 }

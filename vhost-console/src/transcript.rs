@@ -247,3 +247,92 @@ impl Author {
         self.append(to, Buffers::new(&[memory.buffer()])) == 1
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::thread;
+
+    use common::memory::OwnMemory;
+    use common::virtqueue::Buffers;
+
+    use super::{Author, Transcript};
+
+    /// The byte at an offset: no two places near each other look alike.
+    fn byte(at: u64) -> u8 {
+        (at.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56) as u8
+    }
+
+    /// Reads until the author has ended; each byte is the one of its place, and what is missing was told. How many were.
+    fn follow(transcript: &Transcript, is_keeper: bool, has_ended: &AtomicBool) -> u64 {
+        let mut cursor = transcript.now();
+        let keeper = is_keeper.then(|| transcript.add_keeper(cursor));
+        let (mut at, mut lost_bytes) = (cursor.offset(), 0);
+        let mut scratch = vec![0; 40_000];
+        loop {
+            let is_last = has_ended.load(Ordering::Acquire);
+            let read = transcript.read(&mut cursor, &mut scratch);
+            at += read.lost_bytes;
+            lost_bytes += read.lost_bytes;
+            let found = scratch[..read.count].iter();
+            assert!(found.zip(at..).all(|(found, at)| *found == byte(at)), "near {at}");
+            at += read.count as u64;
+            assert_eq!(at, cursor.offset());
+            if let Some(id) = keeper {
+                transcript.keep(id, cursor);
+            }
+            if read.count == 0 && is_last {
+                return lost_bytes;
+            }
+        }
+    }
+
+    /// An author who writes this much as fast as he can.
+    fn write(transcript: &Transcript, total: u64) {
+        let mut author = Author::new();
+        let (mut at, mut most) = (0, 1);
+        while at < total {
+            let bytes: Vec<u8> = (at..total.min(at + most)).map(byte).collect();
+            let memory = OwnMemory::new(bytes.len());
+            memory.buffer().write(0, &bytes);
+            at += author.append(transcript, Buffers::new(&[memory.buffer()])) as u64;
+            most = most * 7 % 90_001;
+        }
+    }
+
+    #[test]
+    fn readers_of_a_ring_that_is_being_written_see_what_was_written_or_hear_what_they_lost() {
+        let (transcript, has_ended) = (Transcript::new(0), AtomicBool::new(false));
+        thread::scope(|scope| {
+            let keeper = scope.spawn(|| follow(&transcript, true, &has_ended));
+            let viewers = [(), ()].map(|()| scope.spawn(|| follow(&transcript, false, &has_ended)));
+            // A keeper who comes while it is written may have lost what was being written then: this one comes before.
+            while transcript.floor.load(Ordering::Acquire) == super::NOBODY {
+                thread::yield_now();
+            }
+            write(&transcript, 20 << 20);
+            has_ended.store(true, Ordering::Release);
+            assert_eq!(keeper.join().unwrap(), 0);
+            viewers.into_iter().for_each(|viewer| drop(viewer.join().unwrap()));
+        });
+        assert_eq!(transcript.len_bytes(), 20 << 20);
+    }
+
+    #[test]
+    fn author_waits_for_the_slowest_keeper_and_for_nobody_else() {
+        let transcript = Transcript::new(0);
+        let capacity = transcript.room();
+        let (first, second) = (transcript.now(), transcript.now());
+        let (slow, fast) = (transcript.add_keeper(first), transcript.add_keeper(second));
+        write(&transcript, capacity as u64);
+        assert_eq!(transcript.room(), 0);
+        let mut cursor = second;
+        transcript.read(&mut cursor, &mut [0; 100]);
+        transcript.keep(fast, cursor);
+        assert_eq!(transcript.room(), 0);
+        transcript.remove_keeper(slow);
+        assert_eq!(transcript.room(), 100);
+        transcript.remove_keeper(fast);
+        assert_eq!(transcript.room(), capacity);
+    }
+}
