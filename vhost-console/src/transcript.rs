@@ -313,7 +313,9 @@ mod tests {
             write(&transcript, 20 << 20);
             has_ended.store(true, Ordering::Release);
             assert_eq!(keeper.join().unwrap(), 0);
-            viewers.into_iter().for_each(|viewer| drop(viewer.join().unwrap()));
+            for viewer in viewers {
+                viewer.join().unwrap();
+            }
         });
         assert_eq!(transcript.len_bytes(), 20 << 20);
     }

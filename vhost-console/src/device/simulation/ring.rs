@@ -27,10 +27,6 @@ pub(super) struct Given {
 }
 
 impl Given {
-    pub(super) fn len_bytes(&self) -> usize {
-        self.buffers.iter().map(|(_, len_bytes)| *len_bytes as usize).sum()
-    }
-
     /// Its first bytes.
     pub(super) fn bytes(&self, len_bytes: usize, guest: &Guest) -> Vec<u8> {
         let mut bytes = Vec::new();
