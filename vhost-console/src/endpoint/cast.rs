@@ -2,11 +2,12 @@
 //!
 //! Contract: a line of JSON that says how large the terminal is, then a line for each piece of output, with the seconds since the
 //! beginning. What is no UTF-8 is replaced, since JSON has nothing else; a character that comes in two pieces is
-//! whole. Each time the daemon starts, or opens the file anew, a recording begins: one that is there becomes `FILE.1`, like a log,
-//! for two in one file would be none.
+//! whole. Each time the daemon starts, or is told to open anew a file that was moved away, a recording begins: one that is
+//! there becomes `FILE.1`, like a log, for two in one file would be none.
 
 use std::fs;
 use std::io::{self, ErrorKind, Write};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
@@ -60,6 +61,14 @@ impl Cast {
         self.flush()
     }
 
+    /// The first line.
+    fn head(&mut self, size: Size) -> io::Result<()> {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+        let Size { columns, rows } = size;
+        let head = json!({ "version": 2, "width": columns, "height": rows, "timestamp": now });
+        self.line(&head.to_string())
+    }
+
     fn flush(&mut self) -> io::Result<()> {
         while !self.rest.is_empty() {
             match self.file.write(&self.rest) {
@@ -70,6 +79,13 @@ impl Cast {
             }
         }
         Ok(())
+    }
+
+    /// Whether the file has still its name.
+    fn is_there(&self) -> bool {
+        let identity = |metadata: fs::Metadata| (metadata.dev(), metadata.ino());
+        let (named, open) = (fs::metadata(&self.path), self.file.metadata());
+        named.is_ok_and(|named| open.is_ok_and(|open| identity(named) == identity(open)))
     }
 
     fn event(&mut self, code: &str, data: &str) -> io::Result<()> {
@@ -95,24 +111,31 @@ impl Pen for Cast {
 
     fn miss(&mut self, bytes: u64) -> io::Result<()> {
         self.flush()?;
-        self.partial.clear();
-        self.event("o", &format!("\r\n[{bytes} bytes lost]\r\n"))
+        let begun = String::from_utf8_lossy(&std::mem::take(&mut self.partial)).into_owned();
+        // In `rest`, if not in the file: it is not to be there twice.
+        let _ = self.event("o", &format!("{begun}\r\n[{bytes} bytes lost]\r\n"));
+        Ok(())
     }
 
     fn resize(&mut self, size: Size) -> io::Result<()> {
         self.flush()?;
-        if self.size.replace(size).is_some() {
-            return self.event("r", &size.to_string());
-        }
-        let began = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-        let Size { columns, rows } = size;
-        let head = json!({ "version": 2, "width": columns, "height": rows, "timestamp": began });
-        self.line(&head.to_string())
+        // Likewise.
+        let _ = match self.size.replace(size) {
+            Some(_) => self.event("r", &size.to_string()),
+            None => self.head(size),
+        };
+        Ok(())
     }
 
     fn reopen(&mut self) -> io::Result<()> {
+        if self.is_there() {
+            return Ok(());
+        }
+        // What does not go into the old file any more is the end of it that is missing there.
+        let _ = self.flush();
+        let partial = self.partial.clone();
         let size = self.size;
-        *self = Self::begin(&self.path)?;
+        *self = Self { partial, ..Self::begin(&self.path)? };
         size.map_or(Ok(()), |size| self.resize(size))
     }
 }
@@ -202,10 +225,48 @@ mod tests {
             let mut cast = Cast::begin(&path).unwrap();
             cast.resize(SIZE).unwrap();
             write(&mut cast, b"x");
-            cast.reopen().unwrap();
-            write(&mut cast, b"y");
         }
-        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 6);
-        assert_eq!(lines(&path).len(), 2);
+        for old in ["cast", "cast.1", "cast.2"] {
+            assert_eq!(lines(&directory.path().join(old)).len(), 2, "{old}");
+        }
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 3);
+    }
+
+    #[test]
+    fn recording_begins_anew_where_it_was_moved_away_and_only_there() {
+        let directory = tempfile::tempdir().unwrap();
+        let (path, moved) = (directory.path().join("cast"), directory.path().join("moved"));
+        let mut cast = Cast::begin(&path).unwrap();
+        cast.resize(SIZE).unwrap();
+        write(&mut cast, b"one\xe2\x82");
+        // As often as it is told to: no recording is pushed out.
+        (0..9).for_each(|_| cast.reopen().unwrap());
+        fs::rename(&path, &moved).unwrap();
+        cast.reopen().unwrap();
+        write(&mut cast, b"\xactwo");
+        assert_eq!((&lines(&moved)[1][2], lines(&moved).len()), (&"one".into(), 2));
+        assert_eq!(
+            (&lines(&path)[0]["width"], &lines(&path)[1][2]),
+            (&80.into(), &"\u{20ac}two".into())
+        );
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 2);
+    }
+
+    #[test]
+    fn full_disk_has_each_line_once_as_soon_as_there_is_room() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("cast");
+        let mut cast = Cast::begin(&path).unwrap();
+        let file =
+            std::mem::replace(&mut cast.file, super::append_to("/dev/full".as_ref()).unwrap());
+        cast.resize(SIZE).unwrap();
+        assert!(cast.miss(7).is_err());
+        let (count, outcome) = cast.write(b"text");
+        assert!(count == 0 && outcome.is_err(), "{count} bytes, {outcome:?}");
+        cast.file = file;
+        cast.miss(7).unwrap();
+        write(&mut cast, b"text");
+        let said: Vec<_> = lines(&path)[1..].iter().map(|line| line[2].clone()).collect();
+        assert_eq!(said, ["\r\n[7 bytes lost]\r\n", "text"]);
     }
 }

@@ -2,12 +2,13 @@
 //!
 //! Contract: what the guest puts out is appended as it is; with `timestamps` each line begins with the time at which its first byte
 //! came. Before the file grows beyond `max-size` it becomes `PATH.1`, what was that `PATH.2`, and so on; this happens
-//! between two lines, unless a line is longer than a file. Only regular files are turned over. A new file is its owner's only.
+//! between two lines, unless there is no room for the rest of one that has begun. Only regular files are turned over. A new
+//! file is its owner's only.
 
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use common::daemon::log::time_now;
@@ -26,11 +27,13 @@ pub(crate) struct Log {
     size: u64,
     is_regular: bool,
     is_at_line_start: bool,
+    /// What goes before a line that is about to begin, as far as it has not been written.
+    stamp: Vec<u8>,
 }
 
 /// Opens a log.
 pub(crate) fn open(spec: &FileSpec) -> Result<Record<Log>, OpenError> {
-    let log = Log::open(spec).map_err(|source| OpenError::File {
+    let log = Log::begin(spec).map_err(|source| OpenError::File {
         endpoint: "file",
         path: spec.path.clone(),
         source,
@@ -50,71 +53,97 @@ pub(super) fn append_to(path: &Path) -> io::Result<File> {
 }
 
 impl Log {
+    /// Goes on with a log that is there. The line that it ends in the middle of was another daemon's: a time begins a line.
+    fn begin(spec: &FileSpec) -> io::Result<Self> {
+        let mut log = Self::open(spec)?;
+        if spec.timestamps && log.size > 0 && !ends_a_line(&spec.path, log.size) {
+            log.stamp.push(b'\n');
+        }
+        Ok(log)
+    }
+
     fn open(spec: &FileSpec) -> io::Result<Self> {
         let file = append_to(&spec.path)?;
         let metadata = file.metadata()?;
         let is_regular = metadata.is_file();
         let size = if is_regular { metadata.len() } else { 0 };
-        Ok(Self { spec: spec.clone(), file, size, is_regular, is_at_line_start: true })
+        let stamp = Vec::new();
+        Ok(Self { spec: spec.clone(), file, size, is_regular, is_at_line_start: true, stamp })
     }
 
     /// How much more goes into this file.
-    fn room(&self) -> u64 {
+    fn room_bytes(&self) -> usize {
         let max_size = self.spec.max_size.filter(|_| self.is_regular);
-        max_size.map_or(u64::MAX, |max_size| max_size.saturating_sub(self.size))
+        let room = max_size.map_or(u64::MAX, |max_size| max_size.saturating_sub(self.size));
+        usize::try_from(room).unwrap_or(usize::MAX)
     }
 
     /// Writes the first of `bytes`, as many as go into one file; how many.
     fn write_first(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let stamp = if self.spec.timestamps && self.is_at_line_start {
-            format!("{} ", time_now())
-        } else {
-            String::new()
-        };
+        if self.spec.timestamps && self.is_at_line_start {
+            self.stamp.extend(format!("{} ", time_now()).as_bytes());
+            // It has its time, whatever comes of writing it.
+            self.is_at_line_start = false;
+        }
         let line_end =
             |bytes: &[u8]| bytes.iter().rposition(|byte| *byte == b'\n').map(|at| at + 1);
         let wanted = match bytes.iter().position(|byte| *byte == b'\n') {
             Some(at) if self.spec.timestamps => &bytes[..=at],
             _ => bytes,
         };
-        let mut room = usize::try_from(self.room()).unwrap_or(usize::MAX);
-        let fits = |room: usize| stamp.len() + wanted.len() <= room;
-        let ends_a_line = |room: usize| line_end(&wanted[..wanted.len().min(room)]).is_some();
+        let (mut room, stamp_bytes) = (self.room_bytes(), self.stamp.len());
+        let fits = stamp_bytes + wanted.len() <= room;
+        let ends_a_line = line_end(&wanted[..wanted.len().min(room)]).is_some();
         // The rest goes into the next file, from a line's start on, if there is one and this file is not all there is of it.
-        let is_full = room <= stamp.len() || !self.spec.timestamps && !ends_a_line(room);
-        let is_due = self.is_at_line_start || room <= stamp.len();
-        if !fits(room) && self.size > 0 && is_due && (is_full || self.spec.timestamps) {
+        let is_full = room <= stamp_bytes || !self.spec.timestamps && !ends_a_line;
+        let is_due = self.begins_a_line() || room <= stamp_bytes;
+        if !fits && self.size > 0 && is_due && (is_full || self.spec.timestamps) {
             turn_over(&self.spec.path, self.spec.keep)?;
             self.reopen()?;
-            room = usize::try_from(self.room()).unwrap_or(usize::MAX);
+            room = self.room_bytes();
         }
-        self.append(stamp.as_bytes())?;
-        let room = room.saturating_sub(stamp.len()).max(1);
+        while !self.stamp.is_empty() {
+            let count = append(&self.file, &self.stamp)?;
+            self.stamp.drain(..count);
+            self.grow(count);
+        }
+        let room = room.saturating_sub(stamp_bytes).max(1);
         let piece = match wanted.get(..room) {
             None => wanted,
             Some(first) => &first[..line_end(first).unwrap_or(room)],
         };
-        self.append(piece)
+        let count = append(&self.file, piece)?;
+        self.grow(count);
+        self.is_at_line_start = piece[..count].ends_with(b"\n");
+        Ok(count)
     }
 
-    /// Writes some of `bytes`, at least one of them; how many.
-    fn append(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        if bytes.is_empty() {
-            return Ok(0);
-        }
-        loop {
-            match self.file.write(bytes) {
-                Ok(0) => return Err(ErrorKind::WriteZero.into()),
-                Ok(count) => {
-                    self.size += if self.is_regular { count as u64 } else { 0 };
-                    self.is_at_line_start = bytes.get(count - 1) == Some(&b'\n');
-                    return Ok(count);
-                }
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
-            }
+    /// No byte of the line that comes next has been written.
+    fn begins_a_line(&self) -> bool {
+        self.is_at_line_start || !self.stamp.is_empty()
+    }
+
+    fn grow(&mut self, count: usize) {
+        self.size += if self.is_regular { count as u64 } else { 0 };
+    }
+}
+
+/// Writes some of `bytes`, at least one of them; how many.
+fn append(mut file: &File, bytes: &[u8]) -> io::Result<usize> {
+    loop {
+        match file.write(bytes) {
+            Ok(0) => return Err(ErrorKind::WriteZero.into()),
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            written => return written,
         }
     }
+}
+
+/// Whether the last byte of a file of this size ends a line; of one that may not be read it is taken for granted.
+fn ends_a_line(path: &Path, size: u64) -> bool {
+    let mut last = [b'\n'];
+    let read = File::open(path).and_then(|file| file.read_exact_at(&mut last, size - 1));
+    read.is_err() || last == [b'\n']
 }
 
 impl Pen for Log {
@@ -130,23 +159,27 @@ impl Pen for Log {
     }
 
     fn miss(&mut self, bytes: u64) -> io::Result<()> {
-        let start = if self.is_at_line_start { "" } else { "\n" };
+        let start = if self.begins_a_line() { "" } else { "\n" };
         let note = format!("{start}[{bytes} bytes lost]\n");
         let (_, written) = self.write(note.as_bytes());
         written
     }
 
     fn reopen(&mut self) -> io::Result<()> {
-        let is_at_line_start = self.is_at_line_start;
-        *self = Self::open(&self.spec)?;
         // A line goes on where it was.
-        self.is_at_line_start = is_at_line_start;
+        let Self { file, size, is_regular, .. } = Self::open(&self.spec)?;
+        (self.file, self.size, self.is_regular) = (file, size, is_regular);
         Ok(())
     }
 }
 
 /// What is at `path` becomes the newest of the old ones, of which so many are kept.
 pub(super) fn turn_over(path: &Path, keep: u32) -> io::Result<()> {
+    // The others keep their names if it has been moved away already, perhaps by a turning-over after which no new file could
+    // be made: each attempt would push the oldest out.
+    if let Err(error) = fs::symlink_metadata(path) {
+        return if error.kind() == ErrorKind::NotFound { Ok(()) } else { Err(error) };
+    }
     for number in (1..keep).rev() {
         rename_if_there(&numbered(path, number), &numbered(path, number + 1))?;
     }
@@ -171,7 +204,7 @@ mod tests {
     use std::fs;
     use std::path::Path;
 
-    use super::{Log, numbered};
+    use super::{Log, numbered, turn_over};
     use crate::endpoint::record::Pen;
     use crate::port_spec::FileSpec;
 
@@ -276,6 +309,44 @@ mod tests {
         }
         assert!(lines[0].ends_with(" one\r\n") && lines[1].ends_with(" two\r\n"));
         assert!(lines[202].ends_with(" line 199\n"));
+    }
+
+    #[test]
+    fn time_begins_a_line_even_where_the_log_of_before_does_not_end_one() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("log");
+        let spec = FileSpec { timestamps: true, ..spec(&path, None, 5) };
+        for said in [&b"login: "[..], b"root", b"ed\n", b"one\n"] {
+            let mut log = Log::begin(&spec).unwrap();
+            write(&mut log, said);
+        }
+        let text = fs::read_to_string(&path).unwrap();
+        let lines = text.lines().map(|line| line.split_once("Z ").unwrap().1);
+        assert_eq!(lines.collect::<Vec<_>>(), ["login: ", "root", "ed", "one"]);
+    }
+
+    #[test]
+    fn what_is_missing_has_a_line_of_its_own() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("log");
+        let mut log = Log::open(&spec(&path, None, 5)).unwrap();
+        write(&mut log, b"one\ntw");
+        log.miss(7).unwrap();
+        log.miss(8).unwrap();
+        write(&mut log, b"three\n");
+        let text = "one\ntw\n[7 bytes lost]\n[8 bytes lost]\nthree\n";
+        assert_eq!(fs::read_to_string(&path).unwrap(), text);
+    }
+
+    #[test]
+    fn logs_of_before_keep_their_names_where_there_is_nothing_to_turn_over() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("log");
+        fs::write(&path, "newest").unwrap();
+        fs::write(numbered(&path, 1), "older").unwrap();
+        (0..9).for_each(|_| turn_over(&path, 2).unwrap());
+        assert_eq!(fs::read(numbered(&path, 1)).unwrap(), b"newest");
+        assert_eq!(fs::read(numbered(&path, 2)).unwrap(), b"older");
     }
 
     #[test]

@@ -10,6 +10,7 @@
 use std::convert::Infallible;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -127,6 +128,11 @@ impl<P: Pen> Record<P> {
             missing_bytes += read.lost_bytes;
             self.lost_bytes.fetch_add(read.lost_bytes, Ordering::Relaxed);
             let reopens = self.is_to_reopen.swap(false, Ordering::Relaxed);
+            if reopens {
+                // It has been heard: this is not to cut a pause short later.
+                pin!(self.reopen.notified()).enable();
+            }
+            // It may change again while this one is written down.
             let resize = at.size().filter(|now| size != Some(*now));
             if read.count == 0 && !reopens && resize.is_none() {
                 tokio::select! {
@@ -152,7 +158,7 @@ impl<P: Pen> Record<P> {
             }
             match written.outcome {
                 Ok(()) => {
-                    size = at.size();
+                    size = resize.or(size);
                     self.works(&mut keeper);
                 }
                 Err(cause) => {
@@ -217,4 +223,358 @@ fn write<P: Pen>(
     }
     let (count, outcome) = pen.write(piece);
     Written { count, has_missed, outcome }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::io::{self, ErrorKind};
+    use std::path::Path;
+    use std::sync::{Arc, Condvar, Mutex};
+
+    use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+    use tokio::time::Instant;
+
+    use super::{Pen, RETRY, Record};
+    use crate::config::Size;
+    use crate::endpoint::At;
+    use crate::endpoint::stage::{Guest, Stage, pattern};
+    use crate::port_spec::{EndpointSpec, FileSpec};
+
+    /// What a test's disk was asked for.
+    #[derive(Debug, PartialEq, Eq)]
+    enum Entry {
+        Bytes(Vec<u8>),
+        Missed(u64),
+        Resized(Size),
+        Reopened,
+        Refused,
+    }
+
+    /// A disk that the test has slow, or full.
+    #[derive(Default)]
+    struct Disk {
+        state: Mutex<State>,
+        changed: Condvar,
+    }
+
+    #[derive(Default)]
+    struct State {
+        hangs: bool,
+        /// So many bytes more find room.
+        room: Option<usize>,
+    }
+
+    impl Disk {
+        fn set(&self, change: impl FnOnce(&mut State)) {
+            change(&mut self.state.lock().unwrap());
+            self.changed.notify_all();
+        }
+
+        /// How many of so many bytes find room, once the disk does anything at all.
+        fn take(&self, count: usize) -> usize {
+            let state = self.state.lock().unwrap();
+            let mut state = self.changed.wait_while(state, |state| state.hangs).unwrap();
+            let taken = state.room.map_or(count, |room| room.min(count));
+            state.room = state.room.map(|room| room - taken);
+            taken
+        }
+    }
+
+    /// Lets the thread go that writes, whatever becomes of the test: the runtime ends after it.
+    struct Release<'a>(&'a Disk);
+
+    impl Drop for Release<'_> {
+        fn drop(&mut self) {
+            self.0.set(|state| *state = State::default());
+        }
+    }
+
+    struct TestPen {
+        disk: Arc<Disk>,
+        entries: UnboundedSender<Entry>,
+    }
+
+    impl TestPen {
+        fn enter(&self, entry: Entry) {
+            // A test that has seen enough does not look any more.
+            let _ = self.entries.send(entry);
+        }
+
+        fn full(&self) -> io::Error {
+            self.enter(Entry::Refused);
+            ErrorKind::StorageFull.into()
+        }
+    }
+
+    impl Pen for TestPen {
+        fn write(&mut self, bytes: &[u8]) -> (usize, io::Result<()>) {
+            if bytes.is_empty() {
+                return (0, Ok(()));
+            }
+            let count = self.disk.take(bytes.len());
+            if count > 0 {
+                self.enter(Entry::Bytes(bytes[..count].to_vec()));
+            }
+            let outcome = if count < bytes.len() { Err(self.full()) } else { Ok(()) };
+            (count, outcome)
+        }
+
+        fn miss(&mut self, bytes: u64) -> io::Result<()> {
+            if self.disk.take(1) == 0 {
+                return Err(self.full());
+            }
+            self.enter(Entry::Missed(bytes));
+            Ok(())
+        }
+
+        fn resize(&mut self, size: Size) -> io::Result<()> {
+            // Of this the test sees the beginning: it takes as long as the disk does.
+            self.enter(Entry::Resized(size));
+            self.disk.take(0);
+            Ok(())
+        }
+
+        fn reopen(&mut self) -> io::Result<()> {
+            self.enter(Entry::Reopened);
+            Ok(())
+        }
+    }
+
+    /// A record of a port's, on a disk that the test has in its hands.
+    struct Desk {
+        stage: Stage,
+        disk: Arc<Disk>,
+        record: Record<TestPen>,
+        at: At,
+        guest: Guest,
+        entries: UnboundedReceiver<Entry>,
+    }
+
+    impl Desk {
+        fn new() -> Self {
+            let stage = Stage::new(1);
+            let guest = stage.plug("p", true, EndpointSpec::Null);
+            let (sender, entries) = unbounded_channel();
+            let disk = Arc::<Disk>::default();
+            let pen = TestPen { disk: Arc::clone(&disk), entries: sender };
+            let record = Record::new("test", Path::new("/desk"), pen);
+            let at = At::new(Arc::clone(&stage.shared), guest.id(), true);
+            Self { stage, disk, record, at, guest, entries }
+        }
+
+        /// Runs `script` while the record is served, from a moment on at which the guest waits for it.
+        fn play(self, script: impl AsyncFnOnce(Hands<'_>)) {
+            let Self { stage, disk, record, at, guest, entries } = self;
+            stage.play(async || {
+                let _release = Release(&disk);
+                let mut hands =
+                    Hands { stage: &stage, disk: &disk, record: &record, at: &at, guest, entries };
+                let script = async {
+                    let size = hands.next().await;
+                    assert!(matches!(size, Entry::Resized(_)), "{size:?}");
+                    // The next turn has come: the first is over.
+                    hands.record.reopen();
+                    assert_eq!(hands.next().await, Entry::Reopened);
+                    hands.guest.until(|port| port.takes_output()).await;
+                    script(hands).await;
+                };
+                tokio::select! {
+                    never = record.serve(&at) => match never {},
+                    () = script => {}
+                }
+            });
+        }
+    }
+
+    struct Hands<'a> {
+        stage: &'a Stage,
+        disk: &'a Disk,
+        record: &'a Record<TestPen>,
+        at: &'a At,
+        guest: Guest,
+        entries: UnboundedReceiver<Entry>,
+    }
+
+    impl Hands<'_> {
+        async fn next(&mut self) -> Entry {
+            self.entries.recv().await.unwrap()
+        }
+
+        /// What was written down, up to so many bytes with those that are missing.
+        async fn bytes(&mut self, count: usize) -> (Vec<u8>, u64) {
+            let (mut bytes, mut missing) = (Vec::new(), 0);
+            while bytes.len() as u64 + missing < count as u64 {
+                match self.next().await {
+                    Entry::Bytes(more) => bytes.extend(more),
+                    Entry::Missed(more) => missing += more,
+                    Entry::Refused | Entry::Reopened | Entry::Resized(_) => {}
+                }
+            }
+            (bytes, missing)
+        }
+
+        async fn until(&mut self, entry: &Entry) {
+            while self.next().await != *entry {}
+        }
+
+        fn told(&self, of: &str) -> serde_json::Value {
+            self.record.describe()[of].clone()
+        }
+
+        /// Waits until the record says this of itself.
+        async fn until_told(&self, of: &str, value: impl Into<serde_json::Value>) {
+            let value = value.into();
+            while self.told(of) != value {
+                tokio::task::yield_now().await;
+            }
+        }
+
+        /// Writes until the ring is full; how much.
+        fn fill(&mut self, from: &[u8]) -> usize {
+            let mut count = 0;
+            loop {
+                match self.guest.try_write(&from[count..]) {
+                    0 => return count,
+                    more => count += more,
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn guest_waits_for_a_slow_disk_and_loses_nothing() {
+        Desk::new().play(async |mut hands| {
+            let said = pattern(1 << 20);
+            hands.disk.set(|state| state.hangs = true);
+            let taken = hands.fill(&said);
+            assert_eq!(taken, 256 << 10, "what is on its way is bounded");
+            assert!(!hands.guest.port().has_room());
+            hands.disk.set(|state| state.hangs = false);
+            let rest = &said[taken..];
+            let mut entries = std::mem::replace(&mut hands.entries, unbounded_channel().1);
+            hands.guest.write(rest).await;
+            hands.record.settle(hands.at).await;
+            let mut written = Vec::new();
+            while let Ok(Entry::Bytes(more)) = entries.try_recv() {
+                written.extend(more);
+            }
+            assert!(written == said, "{} bytes of {}", written.len(), said.len());
+            assert_eq!(hands.told("written_bytes"), 1 << 20);
+            assert_eq!((hands.told("lost_bytes"), hands.told("state")), (0.into(), "ok".into()));
+        });
+    }
+
+    #[test]
+    fn nobody_waits_for_a_full_disk_and_what_is_missing_is_written_and_counted() {
+        Desk::new().play(async |mut hands| {
+            let said = pattern(1 << 20);
+            hands.disk.set(|state| state.room = Some(10));
+            hands.guest.write(&said[..1000]).await;
+            hands.until(&Entry::Refused).await;
+            hands.until_told("state", "failing").await;
+            assert!(hands.told("error").as_str().is_some_and(|error| !error.is_empty()));
+            // Nobody reads, and the ring goes round.
+            hands.guest.write(&said[1000..]).await;
+            hands.disk.set(|state| state.room = None);
+            hands.record.reopen();
+            let (bytes, missing) = hands.bytes(said.len() - 10).await;
+            assert!(said.ends_with(&bytes), "the newest is there, whole");
+            assert_eq!(bytes.len() as u64 + missing + 10, said.len() as u64);
+            assert!(missing > 0);
+            hands.until_told("state", "ok").await;
+            assert_eq!(
+                (hands.told("lost_bytes"), hands.told("error")),
+                (missing.into(), ().into())
+            );
+            // The guest waits again.
+            hands.disk.set(|state| state.hangs = true);
+            assert_eq!(hands.fill(&said), 256 << 10);
+        });
+    }
+
+    #[test]
+    fn disk_that_is_full_for_a_moment_costs_nothing() {
+        Desk::new().play(async |mut hands| {
+            hands.disk.set(|state| state.room = Some(3));
+            hands.guest.write(b"one two three").await;
+            hands.until(&Entry::Refused).await;
+            hands.disk.set(|state| state.room = None);
+            hands.record.reopen();
+            let (rest, missing) = hands.bytes(10).await;
+            assert_eq!((&rest[..], missing), (&b" two three"[..], 0));
+            hands.until_told("written_bytes", 13).await;
+            assert_eq!(hands.told("lost_bytes"), 0);
+        });
+    }
+
+    #[test]
+    fn what_has_failed_is_tried_again_once_in_a_while() {
+        Desk::new().play(async |mut hands| {
+            hands.disk.set(|state| state.room = Some(0));
+            hands.guest.write(b"text").await;
+            hands.until(&Entry::Refused).await;
+            let first = Instant::now();
+            hands.until(&Entry::Refused).await;
+            assert!(first.elapsed() >= RETRY.mul_f32(0.9), "{:?}", first.elapsed());
+        });
+    }
+
+    #[test]
+    fn who_settles_waits_for_a_slow_disk_and_not_for_a_full_one() {
+        Desk::new().play(async |mut hands| {
+            hands.disk.set(|state| state.hangs = true);
+            hands.guest.write(b"last words").await;
+            let settled = hands.record.settle(hands.at);
+            tokio::pin!(settled);
+            for _ in 0..100 {
+                let poll = std::future::poll_fn(|context| {
+                    std::task::Poll::Ready(settled.as_mut().poll(context).is_pending())
+                });
+                assert!(poll.await, "it is not written down yet");
+                tokio::task::yield_now().await;
+            }
+            hands.disk.set(|state| state.hangs = false);
+            settled.await;
+            assert_eq!(hands.told("written_bytes"), 10);
+            hands.disk.set(|state| state.room = Some(0));
+            hands.guest.write(b"the very last").await;
+            hands.record.settle(hands.at).await;
+            assert_eq!(hands.told("state"), "failing");
+        });
+    }
+
+    #[test]
+    fn size_that_changes_while_another_is_written_down_is_written_down() {
+        Desk::new().play(async |mut hands| {
+            let sizes = [100, 120].map(|columns| Size { columns, rows: 50 });
+            hands.disk.set(|state| state.hangs = true);
+            hands.stage.hub.set_size(hands.at.id(), sizes[0]);
+            assert_eq!(hands.next().await, Entry::Resized(sizes[0]));
+            hands.stage.hub.set_size(hands.at.id(), sizes[1]);
+            hands.disk.set(|state| state.hangs = false);
+            assert_eq!(hands.next().await, Entry::Resized(sizes[1]));
+        });
+    }
+
+    #[test]
+    fn log_that_was_moved_away_is_begun_anew_when_told_to() {
+        let stage = Stage::new(1);
+        let (path, old) = (stage.path("log"), stage.path("old"));
+        let spec = FileSpec { path: path.clone(), max_size: None, keep: 5, timestamps: false };
+        let mut guest = stage.plug("p", true, EndpointSpec::File(spec));
+        stage.play(async || {
+            guest.until(|port| port.takes_output()).await;
+            guest.write(b"before\n").await;
+            stage.hub.settle().await;
+            fs::rename(&path, &old).unwrap();
+            guest.write(b"meanwhile\n").await;
+            stage.hub.settle().await;
+            stage.hub.reopen();
+            guest.write(b"after\n").await;
+            stage.hub.settle().await;
+        });
+        assert_eq!(fs::read(&old).unwrap(), b"before\nmeanwhile\n");
+        assert_eq!(fs::read(&path).unwrap(), b"after\n");
+    }
 }
