@@ -18,7 +18,7 @@ use tracing::{error, info};
 use crate::config::Size;
 use crate::device::{Plugged, Shared};
 use crate::endpoint::{At, Endpoint, OpenError};
-use crate::port_spec::PortSpec;
+use crate::port_spec::{EndpointSpec, PortSpec};
 use crate::watch::watch;
 
 /// See the module's head.
@@ -38,6 +38,7 @@ struct Plug {
     pushed_before: u64,
     at: At,
     endpoints: Vec<Arc<Endpoint>>,
+    specs: Vec<EndpointSpec>,
     /// None until they are served.
     tasks: Option<Vec<AbortHandle>>,
 }
@@ -53,6 +54,8 @@ pub(crate) enum PlugError {
     Full { ports_max: u16 },
     #[error("there is a port with the name {name:?} already")]
     SameName { name: String },
+    #[error("there is an endpoint={endpoint} already")]
+    SameEndpoint { endpoint: EndpointSpec },
     #[error(transparent)]
     Endpoint(OpenError),
 }
@@ -71,6 +74,7 @@ impl Hub {
     /// Opens a port's endpoints, and plugs it in; at which place.
     pub(crate) fn plug(&self, spec: &PortSpec) -> Result<u16, PlugError> {
         let id = self.free_place(spec)?;
+        self.check_endpoints(&spec.endpoints)?;
         let open = |endpoint| Endpoint::open(endpoint, spec.is_console).map(Arc::new);
         let endpoints = spec.endpoints.iter().map(open).collect::<Result<Vec<_>, _>>();
         let endpoints = endpoints.map_err(PlugError::Endpoint)?;
@@ -80,7 +84,8 @@ impl Hub {
         let size = self.shared.shape().size;
         self.shared.plug(id, Plugged { name: name.clone(), is_console, size });
         info!(id, name, is_console, "port plugged in");
-        let plug = Plug { name, is_console, pushed_before, at, endpoints, tasks: None };
+        let specs = spec.endpoints.clone();
+        let plug = Plug { name, is_console, pushed_before, at, endpoints, specs, tasks: None };
         if let Some(place) = self.places().get_mut(usize::from(id)) {
             *place = Some(plug);
         }
@@ -232,6 +237,19 @@ impl Hub {
         }
     }
 
+    /// None of these endpoints is in the way of another one, here or of a port that is there.
+    fn check_endpoints(&self, specs: &[EndpointSpec]) -> Result<(), PlugError> {
+        let places = self.places();
+        let present = || places.iter().flatten().flat_map(|plug| &plug.specs);
+        for (number, spec) in specs.iter().enumerate() {
+            let mut others = present().chain(specs.iter().take(number));
+            if others.any(|other| spec.clashes_with(other)) {
+                return Err(PlugError::SameEndpoint { endpoint: spec.clone() });
+            }
+        }
+        Ok(())
+    }
+
     /// The place that a port is to have.
     fn free_place(&self, spec: &PortSpec) -> Result<u16, PlugError> {
         let places = self.places();
@@ -329,6 +347,22 @@ mod tests {
         assert!(error.contains("none/console"), "{error}");
         assert!(!path.exists());
         assert!(stage.hub.plug(&spec(None, None)).is_ok());
+    }
+
+    #[test]
+    fn endpoints_that_would_be_in_each_others_way_are_refused() {
+        let stage = Stage::new(4);
+        let log = format!("endpoint=file:{}", stage.path("log").display());
+        let cast = log.replace("file:", "cast:");
+        let plug = |words: &str| stage.hub.plug(&words.parse::<PortSpec>().unwrap());
+        let refusal = |words: &str| plug(words).unwrap_err().to_string();
+        assert!(refusal("endpoint=stdio,endpoint=stdio").contains("endpoint=stdio"));
+        assert!(refusal(&format!("{log},{log}")).contains(&log));
+        assert!(!stage.path("log").exists());
+        plug(&format!("name=a,{log},endpoint=null,endpoint=null")).unwrap();
+        assert!(refusal(&cast).contains(&cast));
+        stage.hub.unplug("a").unwrap();
+        plug(&log).unwrap();
     }
 
     #[test]

@@ -33,6 +33,7 @@ use common::rate_limit::Change;
 use crate::args::Options;
 use crate::device::{ConsoleDevice, Shared};
 use crate::hub::PlugError;
+use crate::port_spec::PortSpec;
 
 /// What `--print-capabilities` lists: vhost-user has no words for a console's options.
 const CAPABILITIES: &[&str] = &[];
@@ -69,11 +70,21 @@ pub fn open(arguments: impl IntoIterator<Item = OsString>) -> Result<impl Device
 fn device(options: &Options) -> Result<ConsoleDevice, NoConsole> {
     let shared = Shared::new(options.shape).map_err(|errno| NoConsole::Bells(errno.into()))?;
     let device = ConsoleDevice::new(Arc::new(shared));
-    for (number, spec) in (1..).zip(&options.ports) {
+    for (number, spec) in in_order(&options.ports) {
         let plugged = device.hub().plug(spec);
         plugged.map_err(|source| NoConsole::Port { number, source })?;
     }
     Ok(device)
+}
+
+/// Ports with their numbers on the command line, in the order in which they take places: those that have one first, then the
+/// first console. Place 0 is all that a front end has which strips the device's features, and that is to be a console.
+fn in_order(ports: &[PortSpec]) -> Vec<(usize, &PortSpec)> {
+    let mut ports: Vec<_> = (1..).zip(ports).collect();
+    let is_console = |(_, spec): &&(usize, &PortSpec)| spec.is_console && spec.id.is_none();
+    let first = ports.iter().find(is_console).map(|(number, _)| *number);
+    ports.sort_by_key(|(number, spec)| (spec.id.is_none(), Some(*number) != first));
+    ports
 }
 
 /// The console cannot be served; the source says why.
@@ -83,4 +94,23 @@ enum NoConsole {
     Bells(#[source] std::io::Error),
     #[error("no console: port {number} (--port)")]
     Port { number: usize, source: PlugError },
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::port_spec::PortSpec;
+
+    #[test]
+    fn ports_with_places_and_the_first_console_go_first() {
+        let order = |words: &[&str]| {
+            let ports: Vec<PortSpec> = words
+                .iter()
+                .map(|words| format!("{words}endpoint=null").parse().unwrap())
+                .collect();
+            super::in_order(&ports).iter().map(|(number, _)| *number).collect::<Vec<_>>()
+        };
+        assert_eq!(order(&["", "console,", "id=1,", "console,", "id=0,"]), [3, 5, 2, 1, 4]);
+        assert_eq!(order(&["console,", ""]), [1, 2]);
+        assert_eq!(order(&["", "console,id=3,", ""]), [2, 1, 3]);
+    }
 }

@@ -11,8 +11,9 @@
     clippy::panic
 )]
 
+use std::fmt;
 use std::os::fd::RawFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use common::daemon::options::{ValueError, parse_group, parse_mode, parse_size};
@@ -162,6 +163,40 @@ fn parse_name(name: &str) -> Result<String, SpecError> {
 
 fn parse_id(id: &str) -> Result<u16, SpecError> {
     id.parse().ok().filter(|id| *id < PORTS_MAX).ok_or_else(|| SpecError::Id(id.to_owned()))
+}
+
+impl EndpointSpec {
+    /// Whether two would be in each other's way, and nothing else says so: who writes the same file turns it over for the
+    /// other, and who reads the same input takes it away. Of sockets and links the system knows whose they are.
+    pub(crate) fn clashes_with(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Stdio, Self::Stdio) => true,
+            (Self::Fd(one), Self::Fd(another)) => one == another,
+            _ => self.file().is_some_and(|file| other.file() == Some(file)),
+        }
+    }
+
+    fn file(&self) -> Option<&Path> {
+        match self {
+            Self::File(FileSpec { path, .. }) | Self::Cast { path } => Some(path),
+            Self::Pty { .. } | Self::Unix { .. } | Self::Stdio | Self::Fd(_) | Self::Null => None,
+        }
+    }
+}
+
+impl fmt::Display for EndpointSpec {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Pty { link: None } => write!(formatter, "pty"),
+            Self::Pty { link: Some(link) } => write!(formatter, "pty:{}", link.display()),
+            Self::Unix { path, .. } => write!(formatter, "unix:{}", path.display()),
+            Self::File(file) => write!(formatter, "file:{}", file.path.display()),
+            Self::Cast { path } => write!(formatter, "cast:{}", path.display()),
+            Self::Stdio => write!(formatter, "stdio"),
+            Self::Fd(fd) => write!(formatter, "fd:{fd}"),
+            Self::Null => write!(formatter, "null"),
+        }
+    }
 }
 
 impl FromStr for EndpointSpec {
