@@ -341,6 +341,18 @@ mod tests {
             }
         }
 
+        fn device_commands(&self) -> &'static [&'static str] {
+            &["ports", "port-add"]
+        }
+
+        fn device_command(&self, command: &Value) -> Option<Reply> {
+            match command["command"].as_str()? {
+                "ports" => Some(Ok(json!([0, 1]))),
+                "port-add" => Some(Err(format!("no port {}", command["port"]))),
+                _ => None,
+            }
+        }
+
         fn openmetrics(&self) -> String {
             self.metrics.clone()
         }
@@ -448,7 +460,25 @@ mod tests {
             ] {
                 let error = shell.ask(command).await["error"].to_string();
                 assert!(error.contains(said), "{command}: {error}");
+                assert!(!error.contains("`ports`"), "that command is known: {error}");
             }
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn commands_of_the_devices_own_are_answered_by_it() {
+        with_server(async |path| {
+            let mut shell = Shell::connect(&path).await;
+            for (command, reply) in [
+                (r#"{"command":"ports"}"#, json!({ "ok": [0, 1] })),
+                (r#" {"port":7,"command":"port-add"}"#, json!({ "error": "no port 7" })),
+                (r#"{"command":"stats"}"#, json!({ "ok": { "device": "block" } })),
+            ] {
+                assert_eq!(shell.ask(command).await, reply, "{command}");
+            }
+            let error = shell.ask(r#"["ports"]"#).await["error"].to_string();
+            assert!(error.contains("no JSON object"), "{error}");
         })
         .await;
     }
@@ -458,7 +488,7 @@ mod tests {
         with_server(async |path| {
             let mut shell = Shell::connect(&path).await;
             let unknown = shell.ask(r#"{"command":"stat"}"#).await["error"].to_string();
-            let known = ["`stat`", "`stats`", "`limit`", "`resize`"];
+            let known = ["`stat`", "`stats`", "`limit`", "`resize`", "`ports`", "`port-add`"];
             assert!(known.iter().all(|command| unknown.contains(command)), "{unknown}");
             let nested = "[".repeat(10_000);
             for line in
