@@ -1,7 +1,9 @@
 //! Real guests on real daemons, end to end: what a user of the project relies on.
 
 mod attach;
+mod console;
 mod control;
+mod dialogue;
 mod growth;
 mod limits;
 mod network;

@@ -3,7 +3,6 @@
 //! What these tests stand on is shown to work without our daemon, too: DPDK's testpmd is a back end that moves frames between
 //! a guest and a tap.
 
-mod dialogue;
 mod port;
 mod qemu;
 mod rates;

@@ -79,6 +79,12 @@ impl DaemonCommand {
         Self::new(&program("vhost-net")).argument("--backend").argument(backend)
     }
 
+    /// A `vhost-console` with these ports (`--port`) on a socket of its own.
+    pub fn console(ports: &[&str]) -> Self {
+        let command = Self::new(&program("vhost-console"));
+        ports.iter().fold(command, |command, port| command.argument("--port").argument(port))
+    }
+
     /// Any program that takes `--socket-path` and reports readiness by `sd_notify`.
     pub fn new(program: &Path) -> Self {
         Self {

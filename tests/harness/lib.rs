@@ -37,7 +37,7 @@ pub use machine::Machine;
 pub use namespace::{Namespace, Tap};
 pub use passt::Passt;
 pub use requirement::{cannot_run, lacks_root, temp_dir_on_storage, temp_dir_with_direct_io};
-pub use rig::Rig;
+pub use rig::{KernelRelease, Rig};
 pub use tempfile::TempDir;
 pub use user_mode_linux::{Device, UserModeLinux};
 

@@ -6,6 +6,17 @@ use std::process::Command;
 
 use crate::requirement::cannot_run;
 
+/// Which kernel runs under an emulator.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KernelRelease {
+    /// Debian 12's.
+    Stable,
+    /// One of 2024 that has had no correction since: Debian 11's.
+    Old,
+    /// The newest that Debian has. Without modules: what a console takes is built in.
+    New,
+}
+
 /// The unpacked packages. See `tests/rig/README.md` for the layout.
 #[derive(Clone, Debug)]
 pub struct Rig {
@@ -51,19 +62,27 @@ impl Rig {
     ///
     /// # Panics
     /// If the package has not exactly one.
-    pub fn kernel(&self) -> PathBuf {
-        let is_kernel = |path: &Path| {
-            path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("vmlinuz-"))
-        };
-        only(&self.path("boot"), is_kernel)
+    pub fn kernel(&self, release: KernelRelease) -> PathBuf {
+        let root = self.kernel_root(release);
+        find(&root.join("boot"), &is_kernel)
+            .or_else(|| find(&root.join("usr/lib/modules"), &is_kernel))
+            .unwrap_or_else(|| panic!("no kernel below {}", root.display()))
     }
 
     /// A module of that kernel, by its name without `.ko`.
     ///
     /// # Panics
     /// If there is not exactly one.
-    pub fn kernel_module(&self, name: &str) -> PathBuf {
-        find_module(&only(&self.path("lib/modules"), |_| true), name)
+    pub fn kernel_module(&self, release: KernelRelease, name: &str) -> PathBuf {
+        find_module(&only(&self.kernel_root(release).join("lib/modules"), |_| true), name)
+    }
+
+    fn kernel_root(&self, release: KernelRelease) -> PathBuf {
+        match release {
+            KernelRelease::Stable => self.path(""),
+            KernelRelease::Old => self.directory.join("linux-old"),
+            KernelRelease::New => self.directory.join("linux-new"),
+        }
     }
 
     /// A module of the User-Mode Linux kernel, by its name without `.ko`.
@@ -86,20 +105,28 @@ fn only(directory: &Path, wanted: impl Fn(&Path) -> bool) -> PathBuf {
     found.remove(0)
 }
 
+fn is_kernel(path: &Path) -> bool {
+    path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("vmlinuz"))
+}
+
 fn find_module(tree: &Path, name: &str) -> PathBuf {
     let file_name = format!("{name}.ko");
+    find(tree, &|path| path.file_name().is_some_and(|name| name == file_name.as_str()))
+        .unwrap_or_else(|| panic!("no module {file_name} below {}", tree.display()))
+}
+
+/// The first file that is wanted, in a directory or below. None, too, where there is no such directory.
+fn find(tree: &Path, is_wanted: &dyn Fn(&Path) -> bool) -> Option<PathBuf> {
     let mut directories = vec![tree.to_owned()];
     while let Some(directory) = directories.pop() {
-        let entries = fs::read_dir(&directory)
-            .unwrap_or_else(|error| panic!("cannot list {}: {error}", directory.display()));
-        for entry in entries {
+        for entry in fs::read_dir(&directory).into_iter().flatten() {
             let entry = entry.expect("a listed entry");
             if entry.file_type().expect("a listed entry has a type").is_dir() {
                 directories.push(entry.path());
-            } else if entry.file_name() == file_name.as_str() {
-                return entry.path();
+            } else if is_wanted(&entry.path()) {
+                return Some(entry.path());
             }
         }
     }
-    panic!("no module {file_name} below {}", tree.display());
+    None
 }

@@ -13,6 +13,8 @@ const LIMIT: Duration = Duration::from_secs(120);
 const NETWORK_MODULES: [&str; 5] = ["failover", "net_failover", "virtio_net", "crc-ccitt", "ipv6"];
 /// What the check "network" runs.
 const NETWORK_PROGRAM: &str = "usr/bin/iperf3";
+/// What a console needs.
+const CONSOLE_MODULES: [&str; 1] = ["virtio_console"];
 
 /// A device of a guest, by the vhost-user socket behind which it is.
 #[derive(Clone, Copy, Debug)]
@@ -21,6 +23,8 @@ pub enum Device<'a> {
     Block(&'a Path),
     /// A network interface: `eth0`, the next one `eth1`; of guests with [`UserModeLinux::with_network`].
     Network(&'a Path),
+    /// A console device, whose first console is `hvc0`; of guests with [`UserModeLinux::with_console`].
+    Console(&'a Path),
 }
 
 impl Device<'_> {
@@ -29,6 +33,7 @@ impl Device<'_> {
         let (socket, number) = match self {
             Self::Network(socket) => (socket, 1),
             Self::Block(socket) => (socket, 2),
+            Self::Console(socket) => (socket, 3),
         };
         format!("virtio_uml.device={}:{number}", socket.display())
     }
@@ -64,6 +69,14 @@ impl UserModeLinux {
     /// If the rig lacks a part.
     pub fn with_network(rig: Rig) -> Self {
         Self::prepare(rig, &NETWORK_MODULES, &[NETWORK_PROGRAM])
+    }
+
+    /// The same, with what console devices need.
+    ///
+    /// # Panics
+    /// If the rig lacks a part.
+    pub fn with_console(rig: Rig) -> Self {
+        Self::prepare(rig, &CONSOLE_MODULES, &[])
     }
 
     fn prepare(rig: Rig, modules: &[&str], programs: &[&str]) -> Self {

@@ -4,9 +4,9 @@
 use serde_json::json;
 use tests::{Capture, Frame, Iperf, Machine, Namespace, Tap};
 
-use super::dialogue::Guest;
 use super::port::{Port, Wire};
 use super::{PROGRAMS, TAP};
+use crate::dialogue::Guest;
 use crate::qemu::emulator::{Device, Emulator, Network, OnRestart, QUEUE_COUNT};
 use crate::qemu::finish;
 

@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use super::dialogue::Guest;
 use crate::control;
+use crate::dialogue::Guest;
 use crate::statistics::Statistics;
 
 /// What the daemon saves up for who comes late: what the rate gives in this time, and one frame.

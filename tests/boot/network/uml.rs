@@ -6,9 +6,9 @@ use std::time::{Duration, Instant};
 
 use tests::{Capture, Device, Echo, Frame, Iperf, Namespace, Passt, Rig, Tap, UserModeLinux};
 
-use super::dialogue::Guest;
 use super::port::{Port, Wire};
 use super::{FRAME_BYTES_MAX, PINGS, TAP, rates};
+use crate::dialogue::Guest;
 use crate::statistics::Statistics;
 
 /// The guest's address.

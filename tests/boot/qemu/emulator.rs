@@ -15,7 +15,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use tests::{Initrd, Machine, Rig, TempDir, temp_dir};
+use tests::{Initrd, KernelRelease, Machine, Rig, TempDir, temp_dir};
 
 /// A machine is up within 4 s and its check takes 10 s at most: this is for a host that does much else meanwhile.
 const LIMIT: Duration = Duration::from_secs(180);
@@ -35,6 +35,16 @@ const MODULES: [&str; 9] = [
     "net_failover",
     "virtio_net",
 ];
+/// The same for consoles, and of older kernels.
+const CONSOLE_MODULES: [&str; 6] = [
+    "virtio_ring",
+    "virtio",
+    "virtio_pci_modern_dev",
+    "virtio_pci_legacy_dev",
+    "virtio_pci",
+    "virtio_console",
+];
+const OLD_CONSOLE_MODULES: [&str; 4] = ["virtio", "virtio_ring", "virtio_pci", "virtio_console"];
 /// Memory of the machine. The load's initial RAM disk needs most of it: fio and all its libraries, twice while unpacking.
 const MEMORY: &str = "512M";
 /// A kernel that panics restarts at once, which ends a machine that must not restart: no test waits for its deadline. It does
@@ -61,6 +71,10 @@ pub(crate) enum Device<'a> {
     Block(&'a Path),
     /// A network interface: `eth0`, the next one `eth1`.
     Network(Network<'a>),
+    /// A console device of an [`Emulator::newest`] machine, with so many queues; its first console is `hvc0`.
+    Console(&'a Path, u16),
+    /// What QEMU's own devices are, as options.
+    Own(&'a [&'a str]),
 }
 
 /// What QEMU is told of a network interface. It waits for the back end and connects to the next one when that is gone.
@@ -85,6 +99,17 @@ impl Device<'_> {
             ]
             .into(),
             Self::Network(network) => network.arguments(name),
+            Self::Console(socket, queue_count) => [
+                "-chardev".into(),
+                format!("socket,id={name},path={}", socket.display()),
+                "-device".into(),
+                // Columns, rows, the number of ports and the emergency register (VIRTIO 1.3, 5.3.4).
+                format!(
+                    "vhost-user-test-device-pci,chardev={name},virtio-id=3,num_vqs={queue_count},config_size=12"
+                ),
+            ]
+            .into(),
+            Self::Own(options) => options.iter().copied().map(str::to_owned).collect(),
         }
     }
 }
@@ -118,6 +143,8 @@ impl Network<'_> {
 #[derive(Debug)]
 pub(crate) struct Emulator {
     rig: Rig,
+    launcher: &'static str,
+    release: KernelRelease,
     directory: TempDir,
 }
 
@@ -126,15 +153,38 @@ impl Emulator {
     /// `None`: this cannot run here, and has said why.
     pub(crate) fn new(programs: &[&str], modules: &[&str]) -> Option<Self> {
         let rig = Rig::find()?;
-        let directory = temp_dir();
+        let release = KernelRelease::Stable;
         let modules: Vec<_> =
-            MODULES.iter().chain(modules).map(|name| rig.kernel_module(name)).collect();
-        let mut initrd = Initrd::with_guest(&rig, &modules);
+            MODULES.iter().chain(modules).map(|name| rig.kernel_module(release, name)).collect();
+        Some(Self::prepare(rig, "qemu-system-x86_64", release, &modules, programs))
+    }
+
+    /// The same of the newest QEMU, whose machines can have consoles that somebody else serves, with one of the kernels.
+    pub(crate) fn newest(release: KernelRelease) -> Option<Self> {
+        let rig = Rig::find()?;
+        let modules: &[_] = match release {
+            KernelRelease::New => &[],
+            KernelRelease::Old => &OLD_CONSOLE_MODULES,
+            KernelRelease::Stable => &CONSOLE_MODULES,
+        };
+        let modules: Vec<_> = modules.iter().map(|name| rig.kernel_module(release, name)).collect();
+        Some(Self::prepare(rig, "qemu-system-x86_64-sid", release, &modules, &[]))
+    }
+
+    fn prepare(
+        rig: Rig,
+        launcher: &'static str,
+        release: KernelRelease,
+        modules: &[PathBuf],
+        programs: &[&str],
+    ) -> Self {
+        let directory = temp_dir();
+        let mut initrd = Initrd::with_guest(&rig, modules);
         for program in programs {
             initrd.program(&rig, program);
         }
         initrd.write(&directory.path().join("initrd"));
-        Some(Self { rig, directory })
+        Self { rig, launcher, release, directory }
     }
 
     /// What the machines are made of.
@@ -150,7 +200,7 @@ impl Emulator {
         on_restart: OnRestart,
     ) -> Machine {
         let mut command = self.machine(devices, on_restart);
-        command.arg("-kernel").arg(self.rig.kernel()).arg("-initrd").arg(self.initrd());
+        command.arg("-kernel").arg(self.rig.kernel(self.release)).arg("-initrd").arg(self.initrd());
         command.arg("-append").arg(format!("{KERNEL_WORDS} {words}"));
         Machine::start(command, LIMIT)
     }
@@ -164,7 +214,7 @@ impl Emulator {
     pub(crate) fn make_boot_disk(&self, image: &Path, words: &str) {
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("rig/boot-disk");
         let output = Command::new(&script)
-            .arg(self.rig.kernel())
+            .arg(self.rig.kernel(self.release))
             .arg(self.initrd())
             .arg(format!("{KERNEL_WORDS} {words}"))
             .arg(image)
@@ -206,7 +256,7 @@ impl Emulator {
     }
 
     fn machine(&self, devices: &[Device<'_>], on_restart: OnRestart) -> Command {
-        let mut command = self.rig.tool("qemu-system-x86_64");
+        let mut command = self.rig.tool(self.launcher);
         command
             .args([
                 "-accel",

@@ -1,6 +1,7 @@
 //! The checks, one a file. Each returns what it found, for the host to compare, or why it failed.
 
 mod cache;
+mod console;
 mod dialogue;
 mod direct;
 mod discard;
@@ -38,6 +39,7 @@ pub(crate) fn run(parameters: &Parameters) -> Result<String, Failure> {
         "load" => load::run(parameters),
         "network" => network::run(parameters),
         "dialogue" => dialogue::run(parameters),
+        "console" => console::run(),
         "restart" => restart::run(parameters),
         "grow" => grow::run(parameters),
         "rate" => rate::run(parameters),
