@@ -128,12 +128,12 @@ struct CommandLine {
 
     /// Order of the two numbers in a message of a new size: rows-first or columns-first
     ///
-    /// Linux reads rows first, the specification has columns first. Only a device of several ports
-    /// sends such messages.
+    /// The specification has columns first, and so have Linux 6.15 and the stable series since 2025;
+    /// older kernels read rows first. Only a device of several ports sends such messages.
     #[arg(
         long,
         value_name = "ORDER",
-        default_value = "rows-first",
+        default_value = "columns-first",
         help_heading = "Console options"
     )]
     resize_order: Order,
@@ -252,7 +252,7 @@ mod tests {
         let options = parse_words("--port console,endpoint=null").unwrap();
         let Shape { ports_max, replay_bytes, size, order, queue_size_max, .. } = options.shape;
         assert_eq!((ports_max, replay_bytes, queue_size_max), (1, 64 << 10, 256));
-        assert_eq!((size, order), (Size { columns: 80, rows: 24 }, Order::RowsFirst));
+        assert_eq!((size, order), (Size { columns: 80, rows: 24 }, Order::ColumnsFirst));
     }
 
     #[test]

@@ -28,11 +28,12 @@ const VIRTIO_CONSOLE_PORT_NAME: u16 = 7;
 
 /// In which order a resize has its two numbers.
 ///
-/// The specification has always had columns first (VIRTIO 1.3, 5.3.6.2), and Linux has read rows first since 2010, but for
-/// two releases about 6.15. A device cannot see what the driver does.
+/// The specification has always had columns first (VIRTIO 1.3, 5.3.6.2). Linux has read rows first from 2010 on; 6.15 and, from
+/// 2025 on, the stable series read columns first. Debian's 5.10.223 is of the one kind, its 6.1.176, 6.12.95 and 7.2.13 of the
+/// other. A device cannot see what the driver does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Order {
-    /// As Linux reads them.
+    /// As older kernels read them.
     RowsFirst,
     /// As the specification has them.
     ColumnsFirst,
@@ -40,7 +41,9 @@ pub(crate) enum Order {
 
 /// Why an order was not accepted.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
-#[error("it is rows-first, as Linux reads it, or columns-first, as the specification has it")]
+#[error(
+    "it is columns-first, as the specification has it, or rows-first, as older kernels read it"
+)]
 pub(crate) struct NoOrder;
 
 impl FromStr for Order {
