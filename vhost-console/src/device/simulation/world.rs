@@ -386,7 +386,7 @@ impl World {
         self.hosts[0].emergency(byte);
         self.stage.look();
         // It is the transmit queue's, once that has seen it.
-        while self.turn() {}
+        self.let_worker_sleep();
         self.look(0);
     }
 
@@ -403,14 +403,18 @@ impl World {
         count > 0
     }
 
-    /// The driver ends, and another one starts: with a reset or without, or it is another guest's.
-    fn reboot(&mut self) {
-        self.rings.iter_mut().for_each(|ring| ring.stop(&mut self.stage));
+    fn let_worker_sleep(&mut self) {
         let mut turns = 0;
         while self.turn() {
             turns += 1;
             assert!(turns < TURNS_MAX, "the worker spins");
         }
+    }
+
+    /// The driver ends, and another one starts: with a reset or without, or it is another guest's.
+    fn reboot(&mut self) {
+        self.rings.iter_mut().for_each(|ring| ring.stop(&mut self.stage));
+        self.let_worker_sleep();
         for ring in &mut self.rings {
             assert!(ring.has_stopped(&mut self.stage), "a ring has not stopped");
         }
