@@ -19,8 +19,8 @@ use crate::statistics::Statistics;
 pub(super) const LIMIT: Duration = Duration::from_secs(30);
 /// What is read or written at once.
 const STEP_BYTES: usize = 256 << 10;
-/// Features of faults of good faith's drivers: none.
-const MALFORMED: [&str; 2] = ["protocol_errors", "broken_sessions"];
+/// What counts faults of a front end or a driver.
+const FAULTS: [&str; 2] = ["protocol_errors", "broken_sessions"];
 
 /// A daemon whose endpoints are in a directory of its own.
 pub(crate) struct Server {
@@ -128,7 +128,7 @@ impl Server {
     /// Ends the daemon as an operator would, after a look at its counters: nobody was at fault.
     pub(crate) fn expect_clean_end(self) {
         let statistics = self.statistics();
-        for counter in MALFORMED {
+        for counter in FAULTS {
             assert_eq!(statistics.daemon(counter), 0, "{counter} in {statistics:?}");
         }
         assert_eq!(statistics.all_queues("broken"), 0, "{statistics:?}");
