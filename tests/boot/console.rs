@@ -8,7 +8,7 @@ mod logs;
 mod people;
 mod ports;
 mod qemu;
-mod server;
+pub(crate) mod server;
 mod uml;
 
 use std::path::Path;

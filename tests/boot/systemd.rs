@@ -5,6 +5,7 @@
 //! service manager, accounts or files is touched; a loop device, which is the kernel's, is freed also when the test is
 //! killed.
 
+mod console;
 mod network;
 
 use std::env;
