@@ -1,18 +1,28 @@
 //! The image: what can be one, and who else has it open.
 
 use crate::launch::{Process, must_fail};
-use crate::subject::{DISK_BYTES, Subject, is_another_program, make_disk, must_work, ours};
+use crate::subject::{
+    DISK_BYTES, DISK_SECTORS, QUEUE_COUNT, Subject, is_another_program, make_disk, must_work, ours,
+};
 use frontend::block::{
-    Request, Segment, VIRTIO_BLK_S_OK, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_WRITE_ZEROES,
-    VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
+    BlockDriver, Request, SECTOR_BYTES, Segment, VIRTIO_BLK_S_OK, VIRTIO_BLK_T_DISCARD,
+    VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 };
 use frontend::guest::Options;
 use rustix::fs::{FallocateFlags, fallocate};
+use rustix::process::Signal;
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use tests::{cannot_run, temp_dir, temp_dir_with_direct_io};
+
+/// How often a daemon is killed whose image the next one opens at once.
+const KILLS: u32 = 20;
+/// Requests of each queue that it is killed amid.
+const REQUESTS_UNDER_WAY: u64 = 64;
+/// Of each of them.
+const DATA_SECTORS: usize = 64;
 
 fn text(path: &Path) -> &str {
     path.to_str().expect("temporary paths are text")
@@ -60,6 +70,37 @@ fn image_is_free_again_when_its_daemon_is_killed() {
     for _ in 0..3 {
         // Dropping it kills it.
         drop(ours(directory.path(), &[]).start());
+    }
+}
+
+#[test]
+fn image_is_free_again_when_its_daemon_is_killed_amid_requests() {
+    // A signal is sent before the process that gets it has died, and with it its requests.
+    if is_another_program() {
+        return;
+    }
+    let Some(directory) = temp_dir_with_direct_io() else { return };
+    make_disk(directory.path());
+    let mut killed = Vec::new();
+    for _ in 0..KILLS {
+        let daemon = ours(directory.path(), &["--cache", "none"]).start();
+        let options = Options { queue_count: QUEUE_COUNT, ..Options::default() };
+        let driver = BlockDriver::start(daemon.socket(), &options);
+        let mut driver = driver.expect("a fresh daemon serves the first who comes");
+        for queue in 0..QUEUE_COUNT {
+            for at in 0..REQUESTS_UNDER_WAY {
+                let sector = u64::from(queue) * DISK_SECTORS / 2 + at * DATA_SECTORS as u64;
+                let data = [7; DATA_SECTORS * SECTOR_BYTES];
+                let write = Request::write(sector, &data).through_indirect_table();
+                driver.submit(queue, &write);
+            }
+            driver.kick(queue).expect("the device can be kicked");
+        }
+        // The first has ended, the others have begun.
+        driver.complete(0).expect("a write ends");
+        daemon.signal(Signal::KILL);
+        // Nobody waits for it to have died.
+        killed.push((daemon, driver));
     }
 }
 

@@ -3,8 +3,8 @@
 //! A daemon's `main` parses its options, and gives [`serve::run`] a closure that opens its device.
 //! Everything else is here, once for all devices: sockets and who may reach them ([`listener`]),
 //! one front end after another ([`serve`], [`front_end`]), the engine that workers get ([`aio`]), the
-//! operator's questions ([`control`], [`operator`]), a device that grows ([`refresh`]), the service
-//! manager ([`notify`]) and the log ([`log`]).
+//! operator's questions ([`control`], [`operator`]), a device that grows ([`refresh`]), what a killed
+//! daemon still has open ([`predecessor`]), the service manager ([`notify`]) and the log ([`log`]).
 //!
 //! All of it runs on the main thread, on one `tokio` runtime, and never touches a running ring.
 
@@ -17,6 +17,7 @@ pub mod log;
 pub mod notify;
 mod operator;
 pub mod options;
+pub mod predecessor;
 mod refresh;
 pub mod serve;
 

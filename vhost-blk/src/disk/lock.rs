@@ -19,13 +19,15 @@
 //! Contract: the locks belong to an open file description that is used for nothing else, and last
 //! until it is closed, which the kernel does for a killed process too. Not the I/O description,
 //! because that one may be handed to a successor or kept open by unfinished requests when the locks
-//! must already be free, or the other way round. The locks are advisory: they stop only those who
-//! ask.
+//! must already be free, or the other way round. A killed process is there a moment longer than the
+//! signal, so who finds an image in use tries again for a second. The locks are advisory: they stop
+//! only those who ask.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
+use common::daemon::predecessor;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
@@ -101,8 +103,18 @@ pub(super) struct ImageLock {
 }
 
 impl ImageLock {
-    /// Locks the image at `path`, which must be the file that `image` has open, for a guest's disk.
+    /// Locks the image at `path`, which must be the file that `image` has open, for a guest's disk. One that is in use is
+    /// waited for, if not for long.
     pub(super) fn take(
+        path: &Path,
+        image: BorrowedFd<'_>,
+        read_only: bool,
+    ) -> Result<ImageLock, LockError> {
+        let is_in_use = |error: &LockError| matches!(error, LockError::InUse { .. });
+        predecessor::outlast(is_in_use, || Self::take_now(path, image, read_only))
+    }
+
+    fn take_now(
         path: &Path,
         image: BorrowedFd<'_>,
         read_only: bool,

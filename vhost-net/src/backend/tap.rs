@@ -17,10 +17,8 @@ use std::convert::Infallible;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::thread::sleep;
-use std::time::{Duration, Instant};
 
-use common::daemon::listener;
+use common::daemon::{listener, predecessor};
 use nix::libc;
 use rustix::fs::{Mode, OFlags, fcntl_getfl, fcntl_setfl, open};
 use rustix::io::{Errno, fcntl_dupfd_cloexec};
@@ -40,12 +38,6 @@ const FLAGS: i32 = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
 
 /// The length of the header until a driver has said which it wants. VIRTIO 1.3, 5.1.6.1: with num_buffers.
 const HEADER_BYTES: usize = 12;
-
-/// How long a tap may be in use before it is somebody else's. A daemon that was killed has it for a moment longer than it lives:
-/// what an io_uring instance held the kernel lets go of in the background.
-const BUSY_LIMIT: Duration = Duration::from_secs(1);
-/// Pause before a tap that is in use is tried again.
-const BUSY_PAUSE: Duration = Duration::from_millis(10);
 
 /// A tap or macvtap interface that is open.
 #[derive(Debug)]
@@ -112,13 +104,8 @@ impl Source {
 impl Tap {
     /// Opens the tap, or makes it where there is none. One that is in use is waited for, if not for long.
     pub(super) fn open(name: &InterfaceName, settings: Settings) -> Result<Self, OpenError> {
-        let deadline = Instant::now() + BUSY_LIMIT;
-        loop {
-            match Self::open_now(name, settings.clone()) {
-                Err(OpenError::Busy { .. }) if Instant::now() < deadline => sleep(BUSY_PAUSE),
-                opened => return opened,
-            }
-        }
+        let is_busy = |error: &OpenError| matches!(error, OpenError::Busy { .. });
+        predecessor::outlast(is_busy, || Self::open_now(name, settings.clone()))
     }
 
     fn open_now(name: &InterfaceName, settings: Settings) -> Result<Self, OpenError> {

@@ -28,7 +28,7 @@ impl Image {
 
     fn lock(&self, read_only: bool) -> Result<ImageLock, LockError> {
         let file = File::open(self.path()).unwrap();
-        ImageLock::take(&self.path(), file.as_fd(), read_only)
+        ImageLock::take_now(&self.path(), file.as_fd(), read_only)
     }
 }
 
