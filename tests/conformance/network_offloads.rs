@@ -19,6 +19,9 @@ const ETH_P_ALL: u32 = 3_u16.to_be() as u32;
 const ETHER_TYPE: [u8; 2] = [0x88, 0xb5];
 const ETHER_TYPE_RARP: [u8; 2] = [0x80, 0x35];
 
+/// How often a daemon is killed whose tap the next one opens at once.
+const KILLS: u32 = 20;
+
 /// Sees the frames of one type that pass an interface of the namespace.
 struct Sniffer(OwnedFd);
 
@@ -151,6 +154,22 @@ fn guest_that_cannot_announce_itself_is_announced() {
     // RFC 903: "request reverse", of the guest by the guest.
     assert_eq!(announced[20..22], [0, 3]);
     assert_eq!((&announced[22..28], &announced[32..38]), (&mac[..], &mac[..]));
+}
+
+#[test]
+fn tap_is_free_again_when_its_daemon_is_killed_amid_frames() {
+    // The kernel goes on with what an io_uring instance holds after its process has ended: here, who waits for the tap.
+    let Some((namespace, mut subject, _wire)) = on_a_tap(&[]) else { return };
+    for _ in 0..KILLS {
+        let mut driver = subject.net_driver(&options());
+        driver.submit(0, &[], &[2000]);
+        driver.kick(0).expect("the device can be kicked");
+        driver.send(1, &Header::default(), &frame(1000, 1)).expect("a chain comes back");
+        // Dropping it kills it.
+        drop((driver, subject));
+        let command = DaemonCommand::network("tap=tap0").through(namespace.launcher());
+        subject = Subject::of_network(temp_dir(), command, &[]);
+    }
 }
 
 #[test]
