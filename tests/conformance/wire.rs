@@ -27,6 +27,25 @@ impl Wire {
         (&self.0).write_all(&[&length[..], frame].concat()).expect("the daemon takes frames");
     }
 
+    /// Frames for the guest in two parts, of which the first has so many bytes, the lengths among them. `meanwhile` the second
+    /// is yet to come.
+    pub(crate) fn send_in_parts(
+        &self,
+        frames: &[Vec<u8>],
+        first_bytes: usize,
+        meanwhile: impl FnOnce(),
+    ) {
+        let framed = frames.iter().map(|frame| {
+            let length = u32::try_from(frame.len()).expect("a frame is short").to_be_bytes();
+            [&length[..], frame].concat()
+        });
+        let bytes = framed.collect::<Vec<_>>().concat();
+        let (first, second) = bytes.split_at(first_bytes);
+        (&self.0).write_all(first).expect("the daemon takes frames");
+        meanwhile();
+        (&self.0).write_all(second).expect("the daemon takes the rest");
+    }
+
     /// The next frame that the guest has sent.
     #[track_caller]
     pub(crate) fn receive(&self) -> Vec<u8> {
