@@ -1,7 +1,10 @@
 //! The control socket: what the daemon counts, as JSON and as OpenMetrics.
 
+use crate::network_frames;
 use crate::openmetrics::Exposition;
-use crate::subject::{DISK_SECTORS, QUEUE_COUNT, Subject, is_another_program, must_work};
+use crate::subject::{
+    DISK_SECTORS, QUEUE_COUNT, Subject, is_another_program, must_carry, must_work,
+};
 use frontend::block::{Request, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK};
 use frontend::front_end::FrontEnd;
 use frontend::guest::Options;
@@ -126,6 +129,37 @@ fn metrics_are_openmetrics_and_say_the_same() {
     );
     let stats = stats(&subject);
     assert_eq!(stats["queues"][0]["kinds"]["read"]["latency_ns"]["count"].as_u64(), Some(5));
+}
+
+#[test]
+fn frames_and_drops_of_a_network_are_openmetrics() {
+    if is_another_program() {
+        return;
+    }
+    let subject = Subject::network(&[]);
+    let wire = subject.wire().expect("it is a network");
+    let mut driver = subject.net_driver(&network_frames::options());
+    for _ in 0..3 {
+        must_carry(&mut driver.guest, &wire, "a frame each way");
+    }
+    network_frames::must_drop((&subject, &mut driver, &wire), &[&[0; 12 + 13]], "runt", "a runt");
+    for queue in [0, 1] {
+        driver.guest.front_end.get_vring_base(queue).expect("the ring can be stopped");
+    }
+    let (metrics, stats) = (scrape(&subject), stats(&subject));
+    // With each drop one more is carried; frames are of 800 bytes and one for each number of a queue.
+    for (queue, kind, requests, bytes, errors) in
+        [(0, "receive", 4, 4 * 800, 0), (1, "transmit", 5, 4 * 801, 1)]
+    {
+        assert_eq!(counts(&stats, queue, kind), [requests, bytes, errors], "{stats}");
+        let labels = [("queue", &*queue.to_string()), ("kind", kind)];
+        let sample = |what: &str| metrics.sample(&format!("outboard_{what}_total"), &labels);
+        let found = ["requests", "bytes", "errors"].map(sample);
+        assert_eq!(found, [requests, bytes, errors].map(|count| Some(count as f64)), "{kind}");
+    }
+    let runts = [("queue", "1"), ("reason", "runt")];
+    assert_eq!(metrics.sample("outboard_drops_total", &runts), Some(1.0));
+    assert_eq!(metrics.sample("outboard_host_drops_total", &[]), None, "a stream does not tell");
 }
 
 #[test]
