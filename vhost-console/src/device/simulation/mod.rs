@@ -7,7 +7,6 @@
 mod host;
 mod knowledge;
 mod mode;
-mod ring;
 mod world;
 
 use common::simulation::{cases, chosen_seed, each_seed};

@@ -1,6 +1,6 @@
 //! What a run is made of: the device, and what its driver can do.
 
-use common::simulation::Random;
+use common::simulation::{Random, RingSpec};
 use common::virtqueue::{VIRTIO_F_EVENT_IDX, VIRTIO_F_INDIRECT_DESC, VIRTIO_F_VERSION_1};
 
 use crate::config::{Size, VIRTIO_CONSOLE_F_MULTIPORT, queue_count};
@@ -52,6 +52,13 @@ impl Mode {
             order: self.order,
             queue_size_max: self.ring_size,
         }
+    }
+
+    /// The ring of a queue, in memory of its own.
+    pub(super) fn ring(&self, index: u16) -> RingSpec {
+        let (size, features) = (self.ring_size, self.features);
+        let at = u64::from(index) * RingSpec::bytes(size);
+        RingSpec { index, at, size, features }
     }
 
     pub(super) fn has(&self, feature: u64) -> bool {

@@ -9,12 +9,11 @@ use std::sync::Arc;
 
 use common::device::Device;
 use common::engine::ChannelIndex;
-use common::simulation::{Guest, Random, Stage};
+use common::simulation::{Guest, Random, Ring, RingSpec, Stage};
 
 use super::host::{Host, take_ringing};
 use super::knowledge::{Knowledge, message};
 use super::mode::{Mode, size};
-use super::ring::{RING_BYTES, Ring};
 use crate::device::{
     CONTROL_CHANNEL, ConsoleDevice, MAIN_CHANNEL, Plugged, Shared, input_channel, room_channel,
 };
@@ -52,9 +51,9 @@ impl World {
         let shared = Arc::new(Shared::new(mode.shape()).unwrap());
         let device = Arc::new(ConsoleDevice::new(Arc::clone(&shared)));
         let stage = Stage::new(Arc::clone(&device), random.number());
-        let memory: Vec<_> = (0..u64::from(mode.used_queues()))
-            .map(|index| (index * RING_BYTES, RING_BYTES))
-            .collect();
+        let ring_bytes = RingSpec::bytes(mode.ring_size);
+        let memory: Vec<_> =
+            (0..mode.used_queues()).map(|index| (mode.ring(index).at, ring_bytes)).collect();
         let places = usize::from(mode.ports_max);
         let mut world = Self {
             random,
@@ -86,7 +85,8 @@ impl World {
     fn boot(&mut self) {
         let Self { mode, guest, stage, random, .. } = self;
         let queues = 0..mode.used_queues();
-        self.rings = queues.map(|index| Ring::start(index, mode, guest, stage, random)).collect();
+        self.rings =
+            queues.map(|index| Ring::start(mode.ring(index), guest, stage, random)).collect();
         self.said.clear();
         if self.mode.has_messages() {
             self.knowledge.start();
@@ -398,8 +398,13 @@ impl World {
     /// Rings that have stopped go on; true when one does.
     fn restart(&mut self) -> bool {
         let Self { rings, stage, .. } = self;
-        let count = rings.iter_mut().filter_map(|ring| ring.restart(stage).then_some(())).count();
-        self.restarts += count as u64;
+        let mut count = 0;
+        for ring in rings {
+            let Some(base) = ring.base(stage) else { continue };
+            ring.go_on(base, stage);
+            count += 1;
+        }
+        self.restarts += count;
         count > 0
     }
 
@@ -416,7 +421,7 @@ impl World {
         self.rings.iter_mut().for_each(|ring| ring.stop(&mut self.stage));
         self.let_worker_sleep();
         for ring in &mut self.rings {
-            assert!(ring.has_stopped(&mut self.stage), "a ring has not stopped");
+            assert!(ring.base(&mut self.stage).is_some(), "a ring has not stopped");
         }
         match self.random.within(0..3) {
             0 => self.device.reset(),
@@ -448,10 +453,10 @@ impl World {
             self.must_rest(id);
         }
         if self.mode.has_messages() {
-            let has_room = self.rings[2].is_running && !self.rings[2].given.is_empty();
+            let has_room = self.rings[2].is_running() && !self.rings[2].given.is_empty();
             let waits = self.shared.conversation().next_message();
             assert!(!has_room || waits.is_none(), "the device sleeps over {waits:?}");
-            let has_words = self.rings[3].is_running && !self.rings[3].given.is_empty();
+            let has_words = self.rings[3].is_running() && !self.rings[3].given.is_empty();
             assert!(!has_words, "the device does not listen");
         }
     }
@@ -459,9 +464,9 @@ impl World {
     fn must_rest(&self, id: u16) {
         let (port, queue) = (self.port(id), Self::queue_of(id));
         let (receive, transmit) = (&self.rings[queue], &self.rings[queue + 1]);
-        let has_room = receive.is_running && !receive.given.is_empty();
+        let has_room = receive.is_running() && !receive.given.is_empty();
         assert!(!has_room || !port.has_input(), "port {id} sleeps over what was typed");
-        let has_output = transmit.is_running && !transmit.given.is_empty();
+        let has_output = transmit.is_running() && !transmit.given.is_empty();
         assert!(!has_output || !port.has_room(), "port {id} sleeps over what was written");
         if self.is_plugged(id) {
             self.hosts[usize::from(id)].must_rest(port);
@@ -499,7 +504,7 @@ impl World {
 
     fn is_done(&self) -> bool {
         let has_said = self.said.is_empty() && self.knowledge.says.is_empty();
-        let is_running = self.rings.iter().all(|ring| ring.is_running);
+        let is_running = self.rings.iter().all(|ring| ring.is_running());
         let has_heard = self.shared.conversation().next_message().is_none();
         let ports = 0..self.mode.used_ports();
         let waits = |id: &u16| self.port(*id).inbox().len_bytes() > 0 && self.has_port(*id);
@@ -508,7 +513,7 @@ impl World {
 
     fn must_be_done(&self) {
         let waits = self.shared.conversation().next_message();
-        let running: Vec<_> = self.rings.iter().map(|ring| ring.is_running).collect();
+        let running: Vec<_> = self.rings.iter().map(|ring| ring.is_running()).collect();
         assert!(
             self.is_done(),
             "it is not done: {waits:?}, {:?}, {:?}, {running:?}, {:?}",

@@ -11,7 +11,6 @@ mod listening;
 mod misbehaving;
 mod mode;
 mod receiving;
-mod ring;
 mod transmitting;
 mod world;
 

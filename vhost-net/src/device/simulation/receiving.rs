@@ -6,12 +6,11 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use common::engine::ChannelIndex;
-use common::simulation::{Guest, Random, Stage};
+use common::simulation::{Given, Guest, PIECES_MAX, Random, Ring, Stage};
 
 use super::frame::{Fields, Inbound, Reason};
 use super::listening::Listening;
 use super::mode::{Buffers, Mode, RING_SIZE_MAX};
-use super::ring::{Given, PIECES_MAX, Ring};
 use crate::device::NetDevice;
 use crate::drops::DROPS;
 
@@ -125,7 +124,7 @@ impl Receiving {
         let given = self.ring.given.clone();
         let mut used: VecDeque<(Given, usize)> = self.ring.take_used().into();
         let mut dropped = Vec::new();
-        let pair = self.ring.index / 2;
+        let pair = self.ring.index() / 2;
         let is_used = states.iter().any(|state| pair < state.pairs);
         assert!(
             is_used || used.is_empty(),
@@ -142,7 +141,7 @@ impl Receiving {
                     let len_bytes = frame.len();
                     panic!(
                         "queue {}: no such frame came: {header:x?}, {len_bytes} bytes, {passed:x?}",
-                        self.ring.index
+                        self.ring.index()
                     )
                 });
                 if candidate.is(&frame, mode, chains) {
@@ -155,12 +154,12 @@ impl Receiving {
             self.spread += u64::from(chains > 1);
             room = &room[chains..];
         }
-        let news = self.drops.news(stage, self.ring.index);
+        let news = self.drops.news(stage, self.ring.index());
         let count: u64 = news.values().sum();
         let missing = (count as usize).saturating_sub(dropped.len());
         for candidate in taken.drain(..missing.min(taken.len())) {
             let mut reasons = candidate.why_dropped(room, is_full, mode);
-            if !self.ring.is_running || states.iter().any(|state| pair >= state.pairs) {
+            if !self.ring.is_running() || states.iter().any(|state| pair >= state.pairs) {
                 reasons.push("stopped");
             }
             dropped.push(reasons);
@@ -169,12 +168,12 @@ impl Receiving {
             count as usize,
             dropped.len(),
             "frames of queue {} that are dropped are counted: {news:?}",
-            self.ring.index
+            self.ring.index()
         );
         self.dropped += count;
         must_explain(&news, &dropped);
         self.held = taken.pop_front();
-        assert!(taken.is_empty(), "queue {} holds more than one frame", self.ring.index);
+        assert!(taken.is_empty(), "queue {} holds more than one frame", self.ring.index());
         if let Some(held) = &self.held {
             assert!(!held.seen.is_empty(), "what nobody wants is not held: {:?}", held.reasons);
         }
@@ -188,14 +187,14 @@ impl Receiving {
             None => assert!(
                 self.ring.given.is_empty(),
                 "queue {} sleeps over {} frames, with {} chains",
-                self.ring.index,
+                self.ring.index(),
                 self.waiting.len(),
                 self.ring.given.len()
             ),
             Some(held) => {
                 let least = held.seen.iter().map(|(_, frame)| frame.len()).min().unwrap_or(0);
                 let has_room = !mode.merges() && room > 0 || least + mode.header_bytes() <= room;
-                assert!(!has_room, "queue {} sleeps over a frame that has room", self.ring.index);
+                assert!(!has_room, "queue {} sleeps over a frame that has room", self.ring.index());
             }
         }
     }

@@ -6,11 +6,10 @@
 use std::collections::VecDeque;
 
 use common::engine::ChannelIndex;
-use common::simulation::{Random, Stage};
+use common::simulation::{Random, Ring, Stage};
 
 use super::frame::{Outbound, Reason};
 use super::receiving::{Drops, must_explain};
-use super::ring::Ring;
 use crate::device::NetDevice;
 
 /// What becomes of frames in a turn.
@@ -83,7 +82,7 @@ impl Transmitting {
                 Ok(wire) => due.push_back(wire),
             }
         }
-        let news = self.drops.news(stage, self.ring.index);
+        let news = self.drops.news(stage, self.ring.index());
         let count: u64 = news.values().sum();
         if count as usize > dropped.len()
             && let Some((of, _)) = outbox.take()
@@ -110,17 +109,17 @@ impl Transmitting {
         }
         for wire in sent {
             let expected = due.pop_front();
-            assert_eq!(Some(wire), expected, "queue {}: what is on the wire", self.ring.index);
+            assert_eq!(Some(wire), expected, "queue {}: what is on the wire", self.ring.index());
         }
         self.outbox = due.pop_front().map(|wire| (generation, wire));
         let waits = self.outbox.is_none() || self.room == Some(0) || was_waiting;
-        assert!(due.is_empty() && waits, "queue {} keeps frames back", self.ring.index);
+        assert!(due.is_empty() && waits, "queue {} keeps frames back", self.ring.index());
     }
 
     /// The worker sleeps, and nothing is in the way: all is sent that finds room.
     pub(super) fn must_rest(&self) {
         let is_stuck = self.outbox.is_some() && self.room == Some(0);
-        assert!(!self.has_unsent() || is_stuck, "queue {} sleeps over frames", self.ring.index);
+        assert!(!self.has_unsent() || is_stuck, "queue {} sleeps over frames", self.ring.index());
     }
 
     pub(super) fn has_unsent(&self) -> bool {

@@ -11,7 +11,7 @@ use std::task::{Context, Waker};
 use common::device::{Device, Runtime};
 use common::engine::ChannelIndex;
 use common::rate_limit::{Change, Topic};
-use common::simulation::{Guest, Random, Stage};
+use common::simulation::{Guest, Random, Ring, RingSpec, Stage};
 use common::worker::WorkerEvent;
 use rustix::io::Errno;
 
@@ -19,7 +19,6 @@ use super::frame::{Inbound, Outbound};
 use super::listening::{Command, Listening, Said};
 use super::mode::{Buffers, Mode};
 use super::receiving::Receiving;
-use super::ring::{RING_BYTES, Ring};
 use super::transmitting::{Transmitting, Weather};
 use crate::backend::{Backend, Simulated};
 use crate::config::VIRTIO_NET_F_CTRL_VQ;
@@ -78,11 +77,12 @@ impl World {
         let device = Arc::new(mode.device());
         let mut stage = Stage::new(Arc::clone(&device), random.number());
         let pairs = mode.used_pairs();
+        let ring_bytes = RingSpec::bytes(mode.ring_size);
         let memory: Vec<_> =
-            (0..u64::from(pairs) * 2 + 1).map(|index| (index * RING_BYTES, RING_BYTES)).collect();
+            (0..pairs * 2 + 1).map(|index| (mode.ring(index).at, ring_bytes)).collect();
         let guest = Arc::new(Guest::new(&memory));
         let mut start =
-            |index, random: &mut Random| Ring::start(index, &mode, &guest, &mut stage, random);
+            |index, random: &mut Random| Ring::start(mode.ring(index), &guest, &mut stage, random);
         let mut receiving = Vec::new();
         let mut transmitting = Vec::new();
         for index in (0..pairs * 2).step_by(2) {
@@ -231,8 +231,8 @@ impl World {
         let allowed = self.listening.allowed();
         let applied = self.network().applied();
         assert_eq!((applied.csum, applied.tso4), (allowed.csum, allowed.tso4), "offloads");
-        for (pair, receiver) in (0..).zip(&self.receiving) {
-            let receives = receiver.ring.is_open && pair < self.listening.pairs;
+        for pair in 0..self.receiving.len() as u16 {
+            let receives = pair < self.listening.pairs;
             assert_eq!(self.network().is_attached(pair), receives, "pair {pair} gets frames");
         }
     }
@@ -326,8 +326,14 @@ impl World {
         let pairs = receiving.iter_mut().zip(transmitting);
         let pairs = pairs.flat_map(|(from, to)| [&mut from.ring, &mut to.ring]);
         let rings = pairs.chain(control.iter_mut().map(|control| &mut control.ring));
-        let restarted = rings.filter_map(|ring| ring.restart(stage, device).then_some(())).count();
-        self.restarts += restarted as u64;
+        let mut restarted = 0;
+        for ring in rings {
+            let Some(base) = ring.base(stage) else { continue };
+            device.close_queue(ring.index());
+            ring.go_on(base, stage);
+            restarted += 1;
+        }
+        self.restarts += restarted;
         self.spread_faults();
         restarted > 0
     }
@@ -348,14 +354,14 @@ impl World {
             }
         }
         for (receiver, fails) in self.receiving.iter().zip(&self.fails) {
-            if receiver.ring.is_running && self.link_is_up && !fails {
+            if receiver.ring.is_running() && self.link_is_up && !fails {
                 receiver.must_rest(&self.mode);
             }
         }
-        for sender in self.transmitting.iter().filter(|sender| sender.ring.is_running) {
+        for sender in self.transmitting.iter().filter(|sender| sender.ring.is_running()) {
             sender.must_rest();
         }
-        if let Some(control) = self.control.as_ref().filter(|control| control.ring.is_running) {
+        if let Some(control) = self.control.as_ref().filter(|control| control.ring.is_running()) {
             assert!(control.made.is_empty(), "{:?} is not answered", control.made);
         }
     }

@@ -2,33 +2,35 @@
 
 use std::sync::Arc;
 
-use common::simulation::{Buffer, Driver, Guest, Layout, Random, Stage, Used};
-use common::virtqueue::VIRTIO_F_INDIRECT_DESC;
+use super::{Buffer, Driver, Guest, Layout, Random, Stage, Used};
+use crate::device::Device;
+use crate::virtqueue::VIRTIO_F_INDIRECT_DESC;
 
-use super::mode::Mode;
-use crate::device::ConsoleDevice;
-
-/// Memory that a ring has for itself: its areas, indirect tables, and a place for each chain.
-pub(super) const RING_BYTES: u64 = 0x14_0000;
 const TABLES: u64 = 0x4000;
 const TABLE_BYTES: u64 = 0x400;
 const PLACES: u64 = 0x2_0000;
-/// Room for the longest chain.
-pub(super) const PLACE_BYTES: u64 = 0x1_1800;
+/// Room for the longest chain: a frame, and one that is too long.
+const PLACE_BYTES: u64 = 0x1_1800;
 /// The most buffers of a chain.
-const PIECES_MAX: u64 = 48;
+pub const PIECES_MAX: u64 = 48;
 
 /// A chain that the device has.
 #[derive(Clone, Debug)]
-pub(super) struct Given {
+pub struct Given {
     head: u16,
     place: u64,
-    pub(super) buffers: Vec<Buffer>,
+    /// Of what the device reads or, if there are any, of what it writes.
+    pub buffers: Vec<Buffer>,
 }
 
 impl Given {
+    /// Bytes of its buffers.
+    pub fn len_bytes(&self) -> usize {
+        self.buffers.iter().map(|(_, len_bytes)| *len_bytes as usize).sum()
+    }
+
     /// Its first bytes.
-    pub(super) fn bytes(&self, len_bytes: usize, guest: &Guest) -> Vec<u8> {
+    pub fn bytes(&self, len_bytes: usize, guest: &Guest) -> Vec<u8> {
         let mut bytes = Vec::new();
         for (at, len) in &self.buffers {
             bytes.extend(guest.read(*at, (*len as usize).min(len_bytes - bytes.len())));
@@ -37,33 +39,56 @@ impl Given {
     }
 }
 
+/// A ring that is to be.
+#[derive(Clone, Copy, Debug)]
+pub struct RingSpec {
+    /// Its place in the device.
+    pub index: u16,
+    /// Where the memory begins that it has for itself, [`bytes`](Self::bytes) of it.
+    pub at: u64,
+    /// Its entries.
+    pub size: u16,
+    /// What the driver has acknowledged.
+    pub features: u64,
+}
+
+impl RingSpec {
+    /// Memory that a ring of so many entries has for itself: its areas, indirect tables, and a place for each chain.
+    pub const fn bytes(size: u16) -> u64 {
+        (PLACES + size as u64 * PLACE_BYTES).next_multiple_of(0x1_0000)
+    }
+}
+
 /// See the module's head.
-pub(super) struct Ring {
-    pub(super) index: u16,
+pub struct Ring {
+    index: u16,
     driver: Driver,
     guest: Arc<Guest>,
     at: u64,
-    pub(super) is_running: bool,
-    pub(super) has_indirect: bool,
+    is_running: bool,
+    /// Chains may be in a table.
+    pub has_indirect: bool,
     first: u16,
     used: u16,
     places: Vec<u64>,
     /// What the device has, the oldest first.
-    pub(super) given: Vec<Given>,
+    pub given: Vec<Given>,
 }
 
 impl Ring {
     /// A ring that runs.
-    pub(super) fn start(
-        index: u16,
-        mode: &Mode,
+    ///
+    /// # Panics
+    /// Its memory is not the guest's.
+    pub fn start<D: Device>(
+        spec: RingSpec,
         guest: &Arc<Guest>,
-        stage: &mut Stage<ConsoleDevice>,
+        stage: &mut Stage<D>,
         random: &mut Random,
     ) -> Self {
-        let (at, size) = (u64::from(index) * RING_BYTES, mode.ring_size);
+        let RingSpec { index, at, size, features } = spec;
         let layout = Layout { size, descriptors: at, available: at + 0x1000, used: at + 0x2000 };
-        let mut driver = Driver::new(Arc::clone(guest), layout, mode.features);
+        let mut driver = Driver::new(Arc::clone(guest), layout, features);
         let first = random.pick(&[0, u16::MAX - 5]);
         driver.start_at(first);
         stage.start(index, driver.setup(first)).expect("a ring");
@@ -74,7 +99,7 @@ impl Ring {
             guest: Arc::clone(guest),
             at,
             is_running: true,
-            has_indirect: mode.has(VIRTIO_F_INDIRECT_DESC),
+            has_indirect: features & VIRTIO_F_INDIRECT_DESC != 0,
             first,
             used: 0,
             places,
@@ -82,8 +107,21 @@ impl Ring {
         }
     }
 
+    /// Its place in the device.
+    pub fn index(&self) -> u16 {
+        self.index
+    }
+
+    /// Whether it runs, as its driver has it.
+    pub fn is_running(&self) -> bool {
+        self.is_running
+    }
+
     /// Gives the device a chain of these bytes, then of buffers of these lengths; false where there is no room.
-    pub(super) fn give(
+    ///
+    /// # Panics
+    /// The chain is longer than any.
+    pub fn give(
         &mut self,
         readable: &[u8],
         writable: &[u32],
@@ -123,14 +161,17 @@ impl Ring {
     }
 
     /// Shows the device what was given; it may want a kick.
-    pub(super) fn publish(&mut self, stage: &Stage<ConsoleDevice>, random: &mut Random) {
+    pub fn publish<D: Device>(&mut self, stage: &Stage<D>, random: &mut Random) {
         if self.driver.publish() || random.once_in(32) {
             stage.kernel().kick(self.index);
         }
     }
 
     /// The chains that have come back, which must be the oldest.
-    pub(super) fn take_used(&mut self) -> Vec<(Given, usize)> {
+    ///
+    /// # Panics
+    /// They are not.
+    pub fn take_used(&mut self) -> Vec<(Given, usize)> {
         let used = self.driver.take_used();
         used.iter()
             .map(|Used { head, written_bytes }| {
@@ -143,30 +184,30 @@ impl Ring {
             .collect()
     }
 
-    pub(super) fn stop(&mut self, stage: &mut Stage<ConsoleDevice>) {
+    /// Has the device stop it.
+    pub fn stop<D: Device>(&mut self, stage: &mut Stage<D>) {
         if std::mem::take(&mut self.is_running) {
             stage.stop(self.index);
         }
     }
 
     /// Where the device has stopped, if it has.
-    fn base(&mut self, stage: &mut Stage<ConsoleDevice>) -> Option<u16> {
+    ///
+    /// # Panics
+    /// That is not where its chains have come back up to.
+    pub fn base<D: Device>(&mut self, stage: &mut Stage<D>) -> Option<u16> {
         let base = if self.is_running { None } else { stage.stopped(self.index) }?;
         let taken = base.wrapping_sub(self.first);
         assert_eq!(taken, self.used, "what lies before the base {base} has come back, no more");
         Some(base)
     }
 
-    /// Goes on where the device has stopped, if it has; true when it does.
-    pub(super) fn restart(&mut self, stage: &mut Stage<ConsoleDevice>) -> bool {
-        let Some(base) = self.base(stage) else { return false };
+    /// Goes on from where the device [has stopped](Self::base).
+    ///
+    /// # Panics
+    /// The ring cannot be started.
+    pub fn go_on<D: Device>(&mut self, base: u16, stage: &mut Stage<D>) {
         stage.start(self.index, self.driver.setup(base)).expect("a ring");
         self.is_running = true;
-        true
-    }
-
-    /// Whether the device has let it go; it is not started again.
-    pub(super) fn has_stopped(&mut self, stage: &mut Stage<ConsoleDevice>) -> bool {
-        self.base(stage).is_some()
     }
 }
