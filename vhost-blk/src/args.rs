@@ -16,6 +16,7 @@ use clap::error::ErrorKind;
 use clap::parser::ValueSource;
 use clap::{ArgMatches, Args, CommandFactory, FromArgMatches, Parser};
 use common::daemon::DaemonOptions;
+use common::daemon::options::parse_queue_size;
 use common::rate_limit::{Change, Topic};
 
 use crate::config::{QueueLimits, Serial};
@@ -29,13 +30,6 @@ const QUEUE_COUNT_MAX: i64 = 256;
 
 /// Seconds between two looks at the disk's size, at most: a day.
 const WATCH_SECONDS_MAX: u64 = 86_400;
-
-/// Largest size of a split virtqueue.
-// VIRTIO 1.3, 2.7: The maximum Queue Size value is 32768. Queue Size value is always a power of 2.
-const QUEUE_SIZE_MAX: u16 = 32_768;
-
-/// A request that is worth serving has at least a header and a status, each in a descriptor.
-const QUEUE_SIZE_MIN: u16 = 2;
 
 /// Options, as the parser calls them, that mean nothing without a file.
 const STORAGE_OPTIONS: [&str; 3] = ["cache", "watch_size", "no_lock"];
@@ -245,18 +239,6 @@ struct Source {
     /// 1024⁴ bytes, and a multiple of 512 bytes.
     #[arg(long, value_name = "file:PATH|null:SIZE", help_heading = "Disk options")]
     disk: Option<DiskSpec>,
-}
-
-/// A size that a split virtqueue can have.
-fn parse_queue_size(text: &str) -> Result<u16, String> {
-    match text.parse::<u16>() {
-        Ok(size) if size.is_power_of_two() && (QUEUE_SIZE_MIN..=QUEUE_SIZE_MAX).contains(&size) => {
-            Ok(size)
-        }
-        _ => {
-            Err(format!("a queue size is a power of two from {QUEUE_SIZE_MIN} to {QUEUE_SIZE_MAX}"))
-        }
-    }
 }
 
 /// A block size that every guest takes.

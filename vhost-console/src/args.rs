@@ -13,17 +13,13 @@ use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser};
 use common::daemon::DaemonOptions;
 use common::daemon::log::with_sources;
-use common::daemon::options::parse_size;
+use common::daemon::options::{parse_queue_size, parse_size};
 
 use crate::config::{PORTS_MAX, Size};
 use crate::control::Order;
 use crate::device::Shape;
 use crate::port_spec::PortSpec;
 
-/// Largest size of a split virtqueue.
-// VIRTIO 1.3, 2.7: The maximum Queue Size value is 32768. Queue Size value is always a power of 2.
-const QUEUE_SIZE_MAX: u16 = 32_768;
-const QUEUE_SIZE_MIN: u16 = 2;
 /// The longest scrollback. Each port has as much and as much again.
 const REPLAY_BYTES_MAX: u64 = 64 << 20;
 
@@ -128,8 +124,8 @@ struct CommandLine {
 
     /// Order of the two numbers in a message of a new size: rows-first or columns-first
     ///
-    /// The specification has columns first, and so have Linux 6.15 and the stable series since 2025;
-    /// older kernels read rows first. Only a device of several ports sends such messages.
+    /// The specification has columns first, and current kernels read them so; older ones, such as
+    /// Debian's 5.10, read rows first. Only a device of several ports sends such messages.
     #[arg(
         long,
         value_name = "ORDER",
@@ -159,15 +155,6 @@ fn parse_port(text: &str) -> Result<PortSpec, String> {
 fn parse_replay(text: &str) -> Result<u64, String> {
     let size = parse_size(text).filter(|size| *size <= REPLAY_BYTES_MAX);
     size.ok_or_else(|| "expected bytes, or a number with k or M, up to 64M".to_owned())
-}
-
-fn parse_queue_size(text: &str) -> Result<u16, String> {
-    match text.parse::<u16>() {
-        Ok(size) if size.is_power_of_two() && size >= QUEUE_SIZE_MIN => Ok(size),
-        _ => {
-            Err(format!("a queue size is a power of two from {QUEUE_SIZE_MIN} to {QUEUE_SIZE_MAX}"))
-        }
-    }
 }
 
 /// No line has more than 80 columns, the width of many terminals: clap would wrap it, and a command

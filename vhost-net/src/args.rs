@@ -17,7 +17,7 @@ use std::path::PathBuf;
 use clap::error::ErrorKind;
 use clap::{Args, CommandFactory, Parser};
 use common::daemon::DaemonOptions;
-use common::daemon::options::parse_size;
+use common::daemon::options::{parse_queue_size, parse_size};
 use common::rate_limit::{Change, Topic};
 use thiserror::Error;
 
@@ -38,13 +38,6 @@ const PCAP_BYTES_MIN: u64 = 128 << 10;
 
 /// The fewest bytes of a frame that are worth capturing: Ethernet, IPv6 and UDP headers.
 const SNAP_BYTES_MIN: i64 = 64;
-
-/// Largest size of a split virtqueue.
-// VIRTIO 1.3, 2.7: The maximum Queue Size value is 32768. Queue Size value is always a power of 2.
-const QUEUE_SIZE_MAX: u16 = 32_768;
-
-/// A header and a frame, each in a descriptor.
-const QUEUE_SIZE_MIN: u16 = 2;
 
 /// The options of a daemon that serves a network.
 #[derive(Debug)]
@@ -334,18 +327,6 @@ impl CommandLine {
             return Err(Wrong::Socket(queue_pairs));
         }
         Ok(backend)
-    }
-}
-
-/// A size that a split virtqueue can have.
-fn parse_queue_size(text: &str) -> Result<u16, String> {
-    match text.parse::<u16>() {
-        Ok(size) if size.is_power_of_two() && (QUEUE_SIZE_MIN..=QUEUE_SIZE_MAX).contains(&size) => {
-            Ok(size)
-        }
-        _ => {
-            Err(format!("a queue size is a power of two from {QUEUE_SIZE_MIN} to {QUEUE_SIZE_MAX}"))
-        }
     }
 }
 

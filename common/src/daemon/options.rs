@@ -140,6 +140,28 @@ pub fn parse_group(text: &str) -> Result<Gid, ValueError> {
     }
 }
 
+/// Largest size of a split virtqueue.
+// VIRTIO 1.3, 2.7: The maximum Queue Size value is 32768. Queue Size value is always a power of 2.
+const QUEUE_SIZE_MAX: u16 = 32_768;
+
+/// A request, or a frame with its header, has at least two descriptors.
+const QUEUE_SIZE_MIN: u16 = 2;
+
+/// A size that a split virtqueue can have.
+///
+/// # Errors
+/// It is none.
+pub fn parse_queue_size(text: &str) -> Result<u16, String> {
+    match text.parse::<u16>() {
+        Ok(size) if size.is_power_of_two() && (QUEUE_SIZE_MIN..=QUEUE_SIZE_MAX).contains(&size) => {
+            Ok(size)
+        }
+        _ => {
+            Err(format!("a queue size is a power of two from {QUEUE_SIZE_MIN} to {QUEUE_SIZE_MAX}"))
+        }
+    }
+}
+
 /// Bytes of `64k` and the like; `None` if it is no size.
 pub fn parse_size(text: &str) -> Option<u64> {
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
