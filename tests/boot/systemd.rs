@@ -86,6 +86,16 @@ fn passes_inside(test: &str, shared: &Path, rig: &Rig) -> bool {
     true
 }
 
+/// Runs a test that needs nothing of the machine but the rig inside.
+fn outside_with_the_rig(test: &str) {
+    let Some(rig) = Rig::find() else { return };
+    if lacks_root("systemd as PID 1 of a namespace") {
+        return;
+    }
+    let shared = temp_dir();
+    passes_inside(test, shared.path(), &rig);
+}
+
 fn boot_systemd(test: &str, shared: &Path, rig: &Rig) -> (ExitStatus, String) {
     let tests = Path::new(env!("CARGO_MANIFEST_DIR"));
     let this = env::current_exe().expect("a test knows its own path");

@@ -4,11 +4,11 @@ use std::env;
 use std::fs;
 use std::path::Path;
 
-use tests::{Device, Rig, UserModeLinux, lacks_root, temp_dir};
+use tests::{Device, Rig, UserModeLinux};
 
 use super::{
     Capabilities, INSIDE, JournalOnPanic, assert_counts_requests, assert_is_confined, configure,
-    install, passes_inside, show, starts_when_a_vmm_connects, systemctl, verify,
+    install, outside_with_the_rig, show, starts_when_a_vmm_connects, systemctl, verify,
 };
 use crate::console::server::{Client, wait_for};
 use crate::dialogue::Guest;
@@ -19,18 +19,10 @@ const SERVICE: &str = "vhost-console@web.service";
 fn installed_units_serve_a_console_that_is_attached_to() {
     match env::var_os(INSIDE) {
         Some(_) => inside(),
-        None => outside(),
+        None => outside_with_the_rig(
+            "systemd::console::installed_units_serve_a_console_that_is_attached_to",
+        ),
     }
-}
-
-fn outside() {
-    let Some(rig) = Rig::find() else { return };
-    if lacks_root("systemd as PID 1 of a namespace") {
-        return;
-    }
-    let shared = temp_dir();
-    let test = "systemd::console::installed_units_serve_a_console_that_is_attached_to";
-    passes_inside(test, shared.path(), &rig);
 }
 
 /// In the namespace, as a unit of the systemd there.

@@ -7,11 +7,11 @@ use std::path::Path;
 use std::process::Command;
 
 use rustix::fs::{CWD, FileType, Mode, makedev, mknodat};
-use tests::{Device, Rig, UserModeLinux, lacks_root, temp_dir};
+use tests::{Device, Rig, UserModeLinux};
 
 use super::{
     Capabilities, INSIDE, JournalOnPanic, assert_counts_requests, assert_is_confined,
-    assert_opens_its_device_only, configure, install, pass_with, passes_inside, run, show,
+    assert_opens_its_device_only, configure, install, outside_with_the_rig, pass_with, run, show,
     starts_when_a_vmm_connects, systemctl, verify,
 };
 
@@ -29,17 +29,8 @@ PrivateUsers=yes
 fn installed_units_serve_taps_to_guests() {
     match env::var_os(INSIDE) {
         Some(_) => inside(),
-        None => outside(),
+        None => outside_with_the_rig("systemd::network::installed_units_serve_taps_to_guests"),
     }
-}
-
-fn outside() {
-    let Some(rig) = Rig::find() else { return };
-    if lacks_root("systemd as PID 1 of a namespace") {
-        return;
-    }
-    let shared = temp_dir();
-    passes_inside("systemd::network::installed_units_serve_taps_to_guests", shared.path(), &rig);
 }
 
 /// In the namespace, as a unit of the systemd there; the network is the namespace's, too.
