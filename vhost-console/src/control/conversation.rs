@@ -230,10 +230,9 @@ impl Conversation {
                 match place.standing {
                     // It is about the one before.
                     Standing::Added { .. } => return Err(Drop::UnknownPort),
-                    Standing::Ready(_) => {}
-                    Standing::Untold | Standing::Stale | Standing::Removed => {
-                        place.standing = Standing::Ready(Known::default());
-                    }
+                    Standing::Untold => place.standing = Standing::Ready(Known::default()),
+                    // Of a port that is gone it cannot be: then it was not addressed.
+                    Standing::Ready(_) | Standing::Stale | Standing::Removed => {}
                 }
                 place.is_guest_open = is_open;
                 self.driver = Driver::Listens;

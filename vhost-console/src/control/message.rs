@@ -28,9 +28,8 @@ const VIRTIO_CONSOLE_PORT_NAME: u16 = 7;
 
 /// In which order a resize has its two numbers.
 ///
-/// The specification has always had columns first (VIRTIO 1.3, 5.3.6.2). Linux has read rows first from 2010 on; 6.15 and, from
-/// 2025 on, the stable series read columns first. Debian's 5.10.223 is of the one kind, its 6.1.176, 6.12.95 and 7.2.13 of the
-/// other. A device cannot see what the driver does.
+/// The specification has columns first (VIRTIO 1.3, 5.3.6.2), and so read Debian's 6.1.176, 6.12.95 and 7.2.13; its 5.10.223
+/// reads rows first. A device cannot see what the driver does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Order {
     /// As older kernels read them.
