@@ -178,11 +178,9 @@ fn long_frames_are_counted_and_captured() {
     for options in ["--bytes 16M", UNLOSABLE] {
         for direction in ["", "--reverse"] {
             let found = guest.load(&format!("10.0.0.1 {options} {direction}"));
-            // Of a stream, some is still under way when the sender has sent all; and a receiver that has enough tells the
-            // sender, which goes on meanwhile. The counts below are equal to the end.
-            let is_exact = options == UNLOSABLE && direction.is_empty();
-            let is_whole = found.received_bytes == found.sent_bytes || !is_exact;
-            assert!(is_whole && found.received_bytes > 0, "{options} {direction}: {found:?}");
+            // iperf3 counts no more once the sender has said that it has sent all, with some still under way, and its sender
+            // goes on until it is told that there is enough: its two counts are near each other. Those below are equal.
+            assert!(found.received_bytes > 0, "{options} {direction}: {found:?}");
         }
     }
     bench.expect_equal_counts();
