@@ -12,9 +12,8 @@ use frontend::block::{BlockDriver, Request, SECTOR_BYTES, VIRTIO_BLK_S_OK};
 use frontend::guest::Options;
 use frontend::message::{
     VHOST_USER_GET_CONFIG, VHOST_USER_GET_FEATURES, VHOST_USER_GET_PROTOCOL_FEATURES,
-    VHOST_USER_NEED_REPLY_MASK, VIRTIO_F_VERSION_1,
+    VHOST_USER_NEED_REPLY_MASK,
 };
-use frontend::net::VIRTIO_NET_F_MRG_RXBUF;
 use frontend::virtqueue::Buffer;
 use frontend::wire::{PATIENCE, Reply, Wire};
 use std::os::fd::BorrowedFd;
@@ -125,8 +124,7 @@ impl Attacker {
     fn send_frames(&mut self) -> Result<(), Error> {
         let Some(Network { wire, place }) = &self.network else { return Ok(()) };
         let guest = &mut self.driver.guest;
-        let with_number = VIRTIO_F_VERSION_1 | VIRTIO_NET_F_MRG_RXBUF;
-        let header_bytes = if guest.features & with_number == 0 { 10 } else { 12 };
+        let header_bytes = wire.header_bytes(guest.features);
         let frames = (0..UNDER_WAY).map(|at| frame(100 + at as usize, self.round));
         let frames: Vec<Vec<u8>> = frames.collect();
         for (at, frame) in (0..).zip(&frames) {

@@ -433,6 +433,7 @@ fn memory_truncated_under_a_running_ring() {
             subject.must_work(&mut driver, 0);
             driver.guest.memory.regions()[0].truncate(0).expect("a memfd can be truncated");
             driver.kick(0).expect("the device can be kicked");
+            subject.provoke();
             driver.guest.front_end.wire().wait_for_hang_up(PATIENCE).expect("the session ends");
         }
         subject.must_serve_the_next();

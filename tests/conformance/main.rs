@@ -34,6 +34,7 @@ mod aftermath;
 mod block_devices;
 mod cache;
 mod configuration;
+mod console;
 mod control;
 mod direct;
 mod engine;

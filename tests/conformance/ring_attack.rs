@@ -134,6 +134,7 @@ pub(crate) fn under(subject: &mut Subject, what: &str, attack: impl Fn(&Attack<'
     let used_before = ring.used_index();
     ring.set_used_event(used_before);
     attack(&Attack { ring: &ring, header, data, status, table });
+    subject.provoke();
     driver.kick(0).expect("the device can be kicked");
     let reaction = reaction(driver, status, used_before);
     // VIRTIO 1.3, 2.1.2: a device may stop altogether. Ours stops one ring.

@@ -1,4 +1,4 @@
-//! The back end under test: a process of its own with a temporary disk or a network, and the checks
+//! The back end under test: a process of its own with a temporary disk, a network or a console, and the checks
 //! that every case ends with.
 //!
 //! By default it is our `vhost-blk`, started by the harness. With `OUTBOARD_CONFORMANCE_COMMAND`
@@ -10,9 +10,9 @@
 use crate::launch;
 use crate::wire::Wire;
 use frontend::block::{BlockDriver, Request, SECTOR_BYTES, VIRTIO_BLK_S_OK};
+use frontend::console::ConsoleDriver;
 use frontend::guest::{Guest, Options};
-use frontend::message::VIRTIO_F_VERSION_1;
-use frontend::net::{NetDriver, VIRTIO_NET_F_MRG_RXBUF};
+use frontend::net::NetDriver;
 use frontend::virtqueue::Buffer;
 use frontend::wire::PATIENCE;
 use frontend::{Error, front_end::FrontEnd};
@@ -112,7 +112,7 @@ pub(crate) struct Subject {
     directory: TempDir,
     /// What it had open when it served the next front end for the first time.
     descriptors: Option<usize>,
-    /// The network that it serves, if it serves none of the disks.
+    /// The network or the console that it serves, if it serves none of the disks.
     wire: Option<Rc<Wire>>,
 }
 
@@ -149,13 +149,40 @@ impl Subject {
         Subject { process, socket, directory, descriptors: None, wire: None }
     }
 
-    /// What is attacked in the same way whatever it serves: the disk, and our network.
-    pub(crate) fn each() -> Vec<Self> {
-        let network = (!is_peer()).then(|| Subject::network(&[]));
-        [Subject::start()].into_iter().chain(network).collect()
+    /// Our console device with these ports and options, which somebody looks at if one of them leads to a socket `view`.
+    pub(crate) fn console(ports: &[&str], options: &[&str]) -> Self {
+        let directory = temp_dir();
+        let [socket, control] = ["socket", "control"].map(|name| directory.path().join(name));
+        let at = directory.path().display().to_string();
+        let ports: Vec<_> = ports.iter().map(|port| port.replace('@', &at)).collect();
+        let command = DaemonCommand::new(&tests::program("vhost-console")).socket(&socket);
+        let command = command.argument("--control").argument(control);
+        let command =
+            ports.iter().fold(command, |command, port| command.argument("--port").argument(port));
+        let daemon = options.iter().fold(command, |command, option| command.argument(option));
+        let process = Process::Ours(daemon.start());
+        let view = directory.path().join("view");
+        let wire = view.exists().then(|| Rc::new(Wire::view(&view)));
+        Subject { process, socket, directory, descriptors: None, wire }
     }
 
-    /// A queue of a disk or a network does what it is for.
+    /// What is attacked in the same way whatever it serves: the disk, and our network and console.
+    pub(crate) fn each() -> Vec<Self> {
+        let ours = (!is_peer()).then(|| {
+            let console = Subject::console(&["console,endpoint=unix:@/view"], &[]);
+            [Subject::network(&[]), console]
+        });
+        [Subject::start()].into_iter().chain(ours.into_iter().flatten()).collect()
+    }
+
+    /// Has the device look at its queue 0, which is under attack.
+    pub(crate) fn provoke(&self) {
+        if let Some(wire) = &self.wire {
+            wire.provoke();
+        }
+    }
+
+    /// A queue of whatever it serves does what it is for.
     #[track_caller]
     pub(crate) fn must_work(&self, driver: &mut BlockDriver, queue: u16) {
         match &self.wire {
@@ -164,7 +191,7 @@ impl Subject {
         }
     }
 
-    /// The wire of a network.
+    /// The wire of a network or a console.
     pub(crate) fn wire(&self) -> Option<Rc<Wire>> {
         self.wire.clone()
     }
@@ -184,7 +211,10 @@ impl Subject {
 
     /// Queues that it has, at most.
     pub(crate) fn queue_count(&self) -> u16 {
-        if self.wire.is_some() { CONTROL_QUEUE + 1 } else { QUEUE_COUNT }
+        match &self.wire {
+            Some(wire) if !wire.is_of_a_console() => CONTROL_QUEUE + 1,
+            _ => QUEUE_COUNT,
+        }
     }
 
     /// As [`Subject::with_options`], with its disk in `directory`: the one that is there, if any.
@@ -364,6 +394,11 @@ impl Subject {
         self.when_free(|| NetDriver::start(self.socket(), options))
     }
 
+    /// A console's driver with running queues.
+    pub(crate) fn console_driver(&self, options: &Options) -> ConsoleDriver {
+        self.when_free(|| ConsoleDriver::start(self.socket(), options))
+    }
+
     fn when_free<T>(&self, attempt: impl Fn() -> Result<T, Error>) -> T {
         let deadline = Instant::now() + PATIENCE;
         loop {
@@ -443,11 +478,10 @@ pub(crate) fn must_carry(guest: &mut Guest, wire: &Wire, what: &str) {
     carries(guest, wire, 0).unwrap_or_else(|error| panic!("{what}, receiving: {error}"));
 }
 
-/// One queue of a network does what it is for. Nothing else is outstanding on it.
+/// One queue of a network or a console does what it is for. Nothing else is outstanding on it.
 #[track_caller]
 pub(crate) fn carries(guest: &mut Guest, wire: &Wire, queue: u16) -> Result<(), Error> {
-    let with_number = VIRTIO_F_VERSION_1 | VIRTIO_NET_F_MRG_RXBUF;
-    let header = vec![0; if guest.features & with_number == 0 { 10 } else { 12 }];
+    let header = vec![0; wire.header_bytes(guest.features)];
     let (sent, receives) = (frame(800 + usize::from(queue), 3), queue == 0);
     let chain = [&header[..], &sent].concat();
     let address = guest.allocate(chain.len());

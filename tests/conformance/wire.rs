@@ -1,30 +1,77 @@
-//! The wire behind a network device: the other end of the stream socket that our daemon has for a network, so that a test
-//! sees each frame that the guest sends, and sends each that it is to get.
+//! The wire behind a network device, or behind a console: the other end of the stream socket that our daemon has for it, so
+//! that a test sees each frame or piece of text that the guest sends, and sends each that it is to get.
 //!
-//! Contract: frames are as QEMU's `-netdev stream` has them, behind their length in 32 bits, big endian. Who waits for a
-//! frame longer than any back end takes, fails.
+//! Contract: frames are as QEMU's `-netdev stream` has them, behind their length in 32 bits, big endian; of a console there are
+//! only bytes. Who waits for a frame longer than any back end takes, fails.
 
+use frontend::message::VIRTIO_F_VERSION_1;
+use frontend::net::VIRTIO_NET_F_MRG_RXBUF;
 use frontend::wire::PATIENCE;
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+
+/// What it is behind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Device {
+    Network,
+    Console,
+}
 
 /// See the module's head.
 #[derive(Debug)]
-pub(crate) struct Wire(UnixStream);
+pub(crate) struct Wire(UnixStream, Device);
 
 impl Wire {
     /// The wire of the daemon that has connected, or is about to.
     pub(crate) fn accept(listener: &UnixListener) -> Self {
         let (stream, _) = listener.accept().expect("the daemon connects");
-        stream.set_read_timeout(Some(PATIENCE)).expect("a socket takes a timeout");
-        stream.set_write_timeout(Some(PATIENCE)).expect("a socket takes a timeout");
-        Self(stream)
+        Self::new(stream, Device::Network)
     }
 
-    /// A frame for the guest.
+    /// A viewer of the console at this socket.
+    pub(crate) fn view(path: &Path) -> Self {
+        Self::new(UnixStream::connect(path).expect("the daemon listens"), Device::Console)
+    }
+
+    /// Another hand on it, for another thread.
+    pub(crate) fn another(&self) -> Self {
+        Self(self.0.try_clone().expect("a socket has many descriptors"), self.1)
+    }
+
+    fn new(stream: UnixStream, device: Device) -> Self {
+        stream.set_read_timeout(Some(PATIENCE)).expect("a socket takes a timeout");
+        stream.set_write_timeout(Some(PATIENCE)).expect("a socket takes a timeout");
+        Self(stream, device)
+    }
+
+    /// Whether there is a console at the other end.
+    pub(crate) fn is_of_a_console(&self) -> bool {
+        self.1 == Device::Console
+    }
+
+    /// Bytes that a driver with these features has before a frame, in guest memory.
+    pub(crate) fn header_bytes(&self, features: u64) -> usize {
+        match self.1 {
+            Device::Console => 0,
+            Device::Network if features & (VIRTIO_F_VERSION_1 | VIRTIO_NET_F_MRG_RXBUF) == 0 => 10,
+            Device::Network => 12,
+        }
+    }
+
+    /// Has the device look at what its receive queue has: a network's does so anyhow, a console's when there is something to
+    /// put in.
+    pub(crate) fn provoke(&self) {
+        if self.is_of_a_console() {
+            self.send(b"?");
+        }
+    }
+
+    /// A frame, or text, for the guest.
     pub(crate) fn send(&self, frame: &[u8]) {
         let length = u32::try_from(frame.len()).expect("a frame is short").to_be_bytes();
-        (&self.0).write_all(&[&length[..], frame].concat()).expect("the daemon takes frames");
+        let length = if self.is_of_a_console() { &[] } else { &length[..] };
+        (&self.0).write_all(&[length, frame].concat()).expect("the daemon takes frames");
     }
 
     /// Frames for the guest in two parts, of which the first has so many bytes, the lengths among them. `meanwhile` the second
@@ -56,15 +103,25 @@ impl Wire {
         frame
     }
 
-    /// The next frame that the guest has sent is this one: none that is wrong was sent before it.
+    /// The next frame that the guest has sent is this one, or the text: none that is wrong was sent before it.
     #[track_caller]
     pub(crate) fn must_receive(&self, frame: &[u8], what: &str) {
-        let received = self.receive();
+        let received = self.next(frame.len());
         assert!(
             received == frame,
             "{what}: {} bytes are on the wire, {:x?}…",
             received.len(),
             &received[..received.len().min(32)]
         );
+    }
+
+    /// So many bytes of text, or else a frame.
+    fn next(&self, text_bytes: usize) -> Vec<u8> {
+        if !self.is_of_a_console() {
+            return self.receive();
+        }
+        let mut text = vec![0; text_bytes];
+        (&self.0).read_exact(&mut text).unwrap_or_else(|error| panic!("no text: {error}"));
+        text
     }
 }

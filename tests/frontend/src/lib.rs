@@ -19,6 +19,7 @@
 //! it.
 
 pub mod block;
+pub mod console;
 mod error;
 pub mod front_end;
 pub mod guest;
