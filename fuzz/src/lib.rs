@@ -9,6 +9,7 @@
 //! | [`ring`] | stores of a driver between the device's steps | a second reading of VIRTIO's split virtqueue |
 //! | [`request`] | block requests, what the disk makes of them, and when | a second reading of VIRTIO's block device |
 //! | [`frame`] | frames and commands of a network's driver | a second reading of VIRTIO's network device |
+//! | [`console`] | control messages of a console's driver, and its buffers | a second reading of VIRTIO's console device |
 //! | [`control`] | what a client of the control socket sends | one answer a line |
 //!
 //! # Contract
@@ -20,6 +21,7 @@
 //! No threads, no kernel I/O, no memory that is truncated under a ring: those are the conformance suite's.
 
 pub mod connection;
+pub mod console;
 pub mod control;
 pub mod frame;
 pub mod message;

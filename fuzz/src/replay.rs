@@ -52,6 +52,11 @@ fn frame_bears_its_seeds() {
 }
 
 #[test]
+fn console_bears_its_seeds() {
+    replay("console", crate::console::run);
+}
+
+#[test]
 fn control_bears_its_seeds() {
     replay("control", crate::control::run);
 }
