@@ -1,5 +1,8 @@
 //! QEMU's machines on the network daemon. QEMU serves the control queue itself, gives the guest its address, and takes the
-//! connection for the link: another front end than User-Mode Linux in all that.
+//! connection for the link: another front end than User-Mode Linux in all that. Its device for back ends of any kind does
+//! nothing of the sort (`generic.rs`).
+
+mod generic;
 
 use serde_json::json;
 use tests::{Capture, Echo, Frame, Iperf, Machine, Namespace, Tap};

@@ -26,6 +26,9 @@ pub(crate) const QUEUE_COUNT: u16 = 4;
 /// Processors of the newest machines, whose consoles have the same queues for any number. The fewer there are, the fewer
 /// must be given time by a busy host all at once, which the newest kernel needs to come up.
 const NEWEST_PROCESSORS: u16 = 2;
+/// Entries of a queue of a network as it is: by default it has 64, of which Linux's driver leaves up to a half empty, and then the
+/// longest frame finds no room.
+const NETWORK_QUEUE_SIZE: u16 = 256;
 /// What the drivers are made of, in the order of their dependencies.
 const MODULES: [&str; 9] = [
     "virtio_ring",
@@ -112,8 +115,11 @@ pub(crate) enum Device<'a> {
     Block(&'a Path),
     /// A network interface: `eth0`, the next one `eth1`.
     Network(Network<'a>),
-    /// A console device of an [`Emulator::newest`] machine, with so many queues; its first console is `hvc0`.
+    /// A console device of a machine of [`Version::New`], with so many queues; its first console is `hvc0`.
     Console(&'a Path, u16),
+    /// A network interface of such a machine that is the back end's, control queue and configuration included, with so many
+    /// queue pairs.
+    NetworkAsItIs(&'a Path, u16),
     /// What QEMU's own devices are, as options.
     Own(&'a [&'a str]),
 }
@@ -140,19 +146,33 @@ impl Device<'_> {
             ]
             .into(),
             Self::Network(network) => network.arguments(name, version),
-            Self::Console(socket, queue_count) => [
-                "-chardev".into(),
-                format!("socket,id={name},path={}", socket.display()),
-                "-device".into(),
-                // Columns, rows, the number of ports and the emergency register (VIRTIO 1.3, 5.3.4).
-                format!(
-                    "vhost-user-test-device-pci,chardev={name},virtio-id=3,num_vqs={queue_count},config_size=12"
-                ),
-            ]
-            .into(),
+            // Columns, rows, the number of ports and the emergency register (VIRTIO 1.3, 5.3.4).
+            Self::Console(socket, queue_count) => {
+                let properties = format!("virtio-id=3,num_vqs={queue_count},config_size=12");
+                of_any_kind(name, socket, &properties)
+            }
+            // All of `struct virtio_net_config` (VIRTIO 1.3, 5.1.4) but what comes with features that nobody offers.
+            Self::NetworkAsItIs(socket, queue_pairs) => {
+                let properties = format!(
+                    "virtio-id=1,num_vqs={},vq_size={NETWORK_QUEUE_SIZE},config_size=28",
+                    2 * queue_pairs + 1
+                );
+                of_any_kind(name, socket, &properties)
+            }
             Self::Own(options) => options.iter().copied().map(str::to_owned).collect(),
         }
     }
+}
+
+/// QEMU's device for back ends of any kind: which it is (VIRTIO 1.3, 5), its queues, the length of its configuration space.
+fn of_any_kind(name: &str, socket: &Path, properties: &str) -> Vec<String> {
+    [
+        "-chardev".into(),
+        format!("socket,id={name},path={}", socket.display()),
+        "-device".into(),
+        format!("vhost-user-test-device-pci,chardev={name},{properties}"),
+    ]
+    .into()
 }
 
 impl Network<'_> {

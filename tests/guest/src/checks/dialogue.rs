@@ -4,6 +4,7 @@
 //! | line | what is done before it is answered |
 //! |---|---|
 //! | `ip WORDS` | busybox's `ip`: addresses, MTU, modes, the interface's own address |
+//! | `ethtool WORDS` | `ethtool`: queues and offloads of the driver |
 //! | `ping PEER BYTES` | every ping of this size is answered |
 //! | `miss PEER` | no ping is |
 //! | `serve` | others can have what they send echoed from now on |
@@ -28,10 +29,11 @@ use guest::announcement::Announcement;
 use rustix::net::netlink::SocketAddrNetlink;
 use rustix::net::{AddressFamily, RecvFlags, SocketType, bind, recv, socket};
 
-use super::Failure;
 use super::network::{BUSYBOX, ECHO_PORT, attribute, configure, echo, ip, load, ping};
+use super::{Failure, run_program};
 use crate::parameters::Parameters;
 
+const ETHTOOL: &str = "/sbin/ethtool";
 /// Notices of interfaces (rtnetlink(7): `RTMGRP_LINK`).
 const INTERFACES: u32 = 1;
 /// A notice is shorter, and what it says is looked up.
@@ -65,6 +67,7 @@ impl Guest<'_> {
         let words: Vec<_> = line.split_whitespace().collect();
         match &*words {
             ["ip", words @ ..] => ip(words)?,
+            ["ethtool", words @ ..] => run_program(Command::new(ETHTOOL).args(words))?,
             ["ping", peer, len_bytes] => ping(peer.parse()?, len_bytes.parse()?)?,
             ["miss", peer] => miss(peer.parse()?)?,
             ["serve"] => serve()?,
