@@ -78,6 +78,17 @@ impl Port {
         }
     }
 
+    /// How many rings of front ends that went at that moment have been found broken. As a kernel of User-Mode Linux ends, its
+    /// driver resets the device and takes its buffers back, one after the other, out of rings that run: nobody has told the
+    /// daemon of the reset (`vu_reset`). Who receives a frame just then sees available entries become fewer.
+    fn unstopped_rings(&self) -> u64 {
+        let log = self.daemon.log();
+        let lines: Vec<_> = log.lines().collect();
+        let is_last =
+            |lines: &&[&str]| lines[0].contains(RETREAT) && lines[1].contains("front end hung up");
+        lines.windows(2).filter(is_last).count() as u64
+    }
+
     /// Ends the daemon as an operator would, after a look at its counters: no frame of a driver's was malformed, no
     /// front end was at fault.
     pub(crate) fn expect_clean_end(self) {
@@ -88,11 +99,14 @@ impl Port {
         for reason in MALFORMED {
             assert_eq!(statistics.drops(reason), 0, "{reason} in {statistics:?}");
         }
-        assert_eq!(statistics.all_queues("broken"), 0, "{statistics:?}");
+        assert_eq!(statistics.all_queues("broken"), self.unstopped_rings(), "{statistics:?}");
         let status = self.daemon.terminate();
         assert!(status.success(), "the daemon ended with {status}");
     }
 }
+
+/// What a ring is broken by whose available entries become fewer.
+const RETREAT: &str = "ring is broken: available index jumped";
 
 /// Why frames are dropped that no driver of good faith sends.
 const MALFORMED: [&str; 10] = [
