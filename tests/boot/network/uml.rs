@@ -1,6 +1,7 @@
 //! User-Mode Linux guests on the network daemon. This kernel serves neither the control queue nor the configuration itself: all
 //! of the device is ours.
 
+mod congestion;
 mod taps;
 
 use tests::{Capture, Device, Frame, Iperf, Machine, Namespace, Passt, Rig, Tap, UserModeLinux};

@@ -5,6 +5,8 @@
 //! |---|---|
 //! | `ip WORDS` | busybox's `ip`: addresses, MTU, modes, the interface's own address |
 //! | `ethtool WORDS` | `ethtool`: queues and offloads of the driver |
+//! | `tc WORDS` | `tc`: what happens to frames before the driver has them |
+//! | `set NAME VALUE` | a setting of the kernel's, below `/proc/sys/net` |
 //! | `ping PEER BYTES` | every ping of this size is answered |
 //! | `miss PEER` | no ping is |
 //! | `serve` | others can have what they send echoed from now on |
@@ -18,10 +20,12 @@
 //!
 //! All is of the interface of the command line, whose addresses and MTU are set first; the first answer says that they are.
 
+use std::fs;
 use std::io;
 use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv6Addr, Shutdown, TcpListener, TcpStream};
 use std::panic::resume_unwind;
+use std::path::Path;
 use std::process::Command;
 use std::thread::{self, JoinHandle};
 
@@ -34,6 +38,8 @@ use super::{Failure, run_program};
 use crate::parameters::Parameters;
 
 const ETHTOOL: &str = "/sbin/ethtool";
+const TC: &str = "/sbin/tc";
+const SETTINGS: &str = "/proc/sys/net";
 /// Notices of interfaces (rtnetlink(7): `RTMGRP_LINK`).
 const INTERFACES: u32 = 1;
 /// A notice is shorter, and what it says is looked up.
@@ -68,6 +74,8 @@ impl Guest<'_> {
         match &*words {
             ["ip", words @ ..] => ip(words)?,
             ["ethtool", words @ ..] => run_program(Command::new(ETHTOOL).args(words))?,
+            ["tc", words @ ..] => run_program(Command::new(TC).args(words))?,
+            ["set", name, value] => fs::write(Path::new(SETTINGS).join(name), value)?,
             ["ping", peer, len_bytes] => ping(peer.parse()?, len_bytes.parse()?)?,
             ["miss", peer] => miss(peer.parse()?)?,
             ["serve"] => serve()?,
