@@ -51,6 +51,8 @@ const CONSOLE_MODULES: [&str; 6] = [
     "virtio_console",
 ];
 const OLD_CONSOLE_MODULES: [&str; 4] = ["virtio", "virtio_ring", "virtio_pci", "virtio_console"];
+/// What a network takes of the newest kernel.
+const NEW_NETWORK_MODULES: [&str; 3] = ["failover", "net_failover", "virtio_net"];
 /// Memory of the machine. The load's initial RAM disk needs most of it: fio and all its libraries, twice while unpacking.
 const MEMORY: &str = "512M";
 /// A kernel that panics restarts at once, which ends a machine that must not restart: no test waits for its deadline. It does
@@ -238,6 +240,15 @@ impl Emulator {
         Some(Self { processors: NEWEST_PROCESSORS, ..prepared })
     }
 
+    /// The same with the newest kernel, for networks.
+    pub(crate) fn newest_with_network(programs: &[&str]) -> Option<Self> {
+        let rig = Rig::find()?;
+        let release = KernelRelease::New;
+        let modules = NEW_NETWORK_MODULES.map(|name| rig.kernel_module(release, name));
+        let prepared = Self::prepare(rig, Version::New, release, &modules, programs);
+        Some(Self { processors: NEWEST_PROCESSORS, ..prepared })
+    }
+
     fn prepare(
         rig: Rig,
         version: Version,
@@ -252,6 +263,11 @@ impl Emulator {
         }
         initrd.write(&directory.path().join("initrd"));
         Self { rig, version, release, processors: QUEUE_COUNT, directory }
+    }
+
+    /// How many processors a machine has.
+    pub(crate) fn processors(&self) -> u16 {
+        self.processors
     }
 
     /// What the machines are made of.

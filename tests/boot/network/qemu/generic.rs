@@ -1,13 +1,15 @@
 //! QEMU's device for back ends of any kind, as a network: control queue and configuration are the daemon's, and the driver is one
 //! with several processors. It has one interrupt, and rings by its main loop.
 
-use std::io::Write;
+use std::io::{Read, Write};
+use std::net::UdpSocket;
 use std::process::Stdio;
+use std::time::Duration;
 
 use tests::{Capture, Echo, Iperf, Machine, Namespace, Rig};
 
 use super::expect_all_queues;
-use crate::network::bench::{BRIDGE, Bench, DATAGRAMS, FrontEnd, MAC_BYTES};
+use crate::network::bench::{BRIDGE, Bench, DATAGRAMS, FrontEnd, MAC_BYTES, is_from};
 use crate::network::port::Port;
 use crate::network::{FRAME_BYTES_MAX, PROGRAMS, TAP, scenes};
 use crate::qemu::emulator::{Device, Emulator, OnRestart, QUEUE_COUNT, Version};
@@ -15,6 +17,12 @@ use crate::qemu::emulator::{Device, Emulator, OnRestart, QUEUE_COUNT, Version};
 /// What VLANs are made of in the guest, in the order of their dependencies.
 const VLAN_MODULES: [&str; 5] = ["llc", "stp", "garp", "mrp", "8021q"];
 const ETHTOOL: &str = "sbin/ethtool";
+const SOCAT: &str = "usr/bin/socat";
+/// Datagrams that a kernel is given as one, and how many.
+const SEGMENT_BYTES: usize = 1400;
+const SEGMENTS: u8 = 30;
+/// Time in which a datagram that was sent has long arrived.
+const DATAGRAM_LIMIT: Duration = Duration::from_secs(20);
 /// An EtherType for experiments (IEEE 802): the guest counts the frame and drops it.
 const EXPERIMENT: [u8; 2] = [0x88, 0xb5];
 /// Ethernet's shortest frame, without its checksum.
@@ -26,7 +34,7 @@ impl FrontEnd for Emulator {
     }
 
     fn queue_pairs(&self) -> u16 {
-        QUEUE_COUNT
+        self.processors()
     }
 
     fn echo_bytes(&self) -> u64 {
@@ -64,6 +72,54 @@ fn driver_s_commands_are_in_force() {
     expect_offloads_to_be_switched(&mut bench);
     expect_vlans_to_be_filtered(&mut bench);
     bench.finish();
+}
+
+/// Linux before 6.2 knows nothing of it.
+#[test]
+fn datagrams_that_are_one_stay_one_between_kernels() {
+    let Some(emulator) = Emulator::newest_with_network(&[SOCAT]) else { return };
+    let Some(mut bench) = Bench::new(emulator, &[]) else { return };
+    let Bench { guest, namespace, .. } = &mut bench;
+    guest.do_line("serve");
+    let capture = Capture::start(namespace, TAP, "udp");
+    let receiver = namespace.run(|| UdpSocket::bind("10.0.0.1:9")).expect("the port is free");
+    receiver.set_read_timeout(Some(DATAGRAM_LIMIT)).expect("a socket takes a time limit");
+    guest.do_line(&format!("segments 10.0.0.1 9 {SEGMENT_BYTES} {SEGMENTS}"));
+    let mut datagram = [0; 2 * SEGMENT_BYTES];
+    for number in 0..SEGMENTS {
+        let len = receiver.recv(&mut datagram).expect("it was sent");
+        assert_eq!(datagram[..len], [number; SEGMENT_BYTES]);
+    }
+    expect_echo_of_segments(namespace);
+    let frames = capture.stop();
+    for out in [true, false] {
+        let mut those = frames.iter().filter(|frame| is_from(frame, MAC_BYTES) == out);
+        let whole = SEGMENT_BYTES * usize::from(SEGMENTS);
+        assert!(those.any(|frame| frame.bytes().len() > whole), "out: {out}, {frames:?}");
+    }
+    bench.finish();
+}
+
+/// Gives the host's kernel datagrams as one, which the guest's echo service sends back.
+fn expect_echo_of_segments(namespace: &Namespace) {
+    let bytes: Vec<_> = (0..SEGMENTS).flat_map(|number| [number; SEGMENT_BYTES]).collect();
+    let mut socat = namespace
+        .tool("socat")
+        .args(["-b", &bytes.len().to_string(), "-"])
+        .arg(format!("UDP:10.0.0.2:7,setsockopt-int=17:103:{SEGMENT_BYTES}"))
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("nsenter can be run");
+    let mut into = socat.stdin.take().expect("it was piped");
+    into.write_all(&bytes).expect("it reads");
+    let mut received = vec![0; bytes.len()];
+    let mut from = socat.stdout.take().expect("it was piped");
+    from.read_exact(&mut received).expect("all of it comes back");
+    assert!(received == bytes, "other datagrams came back");
+    drop(into);
+    let status = socat.wait().expect("our own child can be waited for");
+    assert!(status.success(), "socat ended with {status}");
 }
 
 /// VIRTIO 1.3, 5.1.6.5.6: frames come on those pairs only that the driver uses.
