@@ -3,9 +3,11 @@
 //! What these tests stand on is shown to work without our daemon, too: DPDK's testpmd is a back end that moves frames between
 //! a guest and a tap.
 
+mod bench;
 mod port;
 mod qemu;
 mod rates;
+mod scenes;
 mod testpmd;
 mod uml;
 

@@ -11,8 +11,8 @@ use frontend::message::{
     VHOST_USER_PROTOCOL_F_RARP, VHOST_USER_SEND_RARP, VIRTIO_F_VERSION_1, words,
 };
 use frontend::net::{
-    CONFIG_BYTES, Header, NetDriver, VIRTIO_NET_F_CTRL_MAC_ADDR, VIRTIO_NET_F_MRG_RXBUF,
-    VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS,
+    CONFIG_BYTES, Header, NetDriver, VIRTIO_NET_F_CTRL_MAC_ADDR, VIRTIO_NET_F_GUEST_ANNOUNCE,
+    VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS,
 };
 use std::time::{Duration, Instant};
 
@@ -204,6 +204,9 @@ fn link_follows_the_wire() {
     assert_eq!(crate::network_frames::drops(&subject, 1, "link_down"), before + 1);
     subject.mend_wire();
     wait_until(|| status(&driver)[0] & 1 != 0);
+    // VIRTIO 1.3, 5.1.6.5.4: the driver is asked to announce itself where it is plugged in now.
+    assert_ne!(driver.guest.features & VIRTIO_NET_F_GUEST_ANNOUNCE, 0);
+    wait_until(|| status(&driver) == [3, 0]);
     let wire = subject.wire().expect("it is a network");
     must_carry(&mut driver.guest, &wire, "over the new wire");
 }

@@ -66,6 +66,7 @@ pub struct DaemonCommand {
     arguments: Vec<OsString>,
     environment: Vec<(OsString, OsString)>,
     socket: Option<PathBuf>,
+    stdin: Option<File>,
 }
 
 impl DaemonCommand {
@@ -93,6 +94,7 @@ impl DaemonCommand {
             arguments: Vec::new(),
             environment: Vec::new(),
             socket: None,
+            stdin: None,
         }
     }
 
@@ -125,6 +127,13 @@ impl DaemonCommand {
         self
     }
 
+    /// Passes an open file to the daemon, as descriptor 0.
+    #[must_use]
+    pub fn stdin(mut self, file: File) -> Self {
+        self.stdin = Some(file);
+        self
+    }
+
     /// Starts the daemon and waits until it is ready.
     ///
     /// # Panics
@@ -146,7 +155,7 @@ impl DaemonCommand {
             .args(&self.arguments)
             .envs(self.environment)
             .env("NOTIFY_SOCKET", &notify_path)
-            .stdin(Stdio::null())
+            .stdin(self.stdin.map_or_else(Stdio::null, Stdio::from))
             .stdout(Stdio::null())
             .stderr(log)
             .spawn()

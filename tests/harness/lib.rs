@@ -20,6 +20,7 @@ mod namespace;
 mod passt;
 mod requirement;
 mod rig;
+mod tap;
 mod user_mode_linux;
 
 use std::path::Path;

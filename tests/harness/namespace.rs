@@ -18,8 +18,8 @@ use std::thread;
 
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
-use crate::Rig;
 use crate::requirement::{cannot_run, lacks_root};
+use crate::{Rig, tap};
 
 /// Waits for its input to end, once `/sys` shows the namespace's own interfaces.
 const HOLDER: &str = "mount -t sysfs sysfs /sys && echo ready && exec cat";
@@ -143,6 +143,15 @@ impl Namespace {
         self.ip(&format!("link set {name} up"));
     }
 
+    /// Opens a tap of one queue, as whoever passes one to a daemon does, or whoever is at its other end. Reads do not block.
+    /// Before each frame there is a `struct virtio_net_hdr` of 10 bytes.
+    ///
+    /// # Panics
+    /// If it cannot be opened.
+    pub fn open_tap(&self, name: &str) -> File {
+        self.run(|| tap::open(name)).unwrap_or_else(|error| panic!("the tap {name}: {error}"))
+    }
+
     /// Makes a pair of interfaces, each of which receives what is sent by the other, and sets both up: `name` is here and
     /// `peer_name` in `peer`.
     ///
@@ -181,6 +190,34 @@ impl Namespace {
             "link add link {parent} name {name} index {index} type macvtap mode bridge"
         ));
         self.ip(&format!("link set {name} up"));
+    }
+
+    /// The number of an interface.
+    ///
+    /// # Panics
+    /// If there is no such interface.
+    pub fn index(&self, interface: &str) -> u32 {
+        let path = format!("/sys/class/net/{interface}/ifindex");
+        let output = self.command("cat").arg(&path).output().expect("cat is there");
+        let index = String::from_utf8_lossy(&output.stdout);
+        index.trim().parse().unwrap_or_else(|_| panic!("{path}: {output:?}"))
+    }
+
+    /// Whether a macvtap can be made on `parent`; says so where the kernel has none.
+    ///
+    /// # Panics
+    /// Where all tests must run.
+    pub fn has_macvtaps(&self, parent: &str) -> bool {
+        let words = format!("link add link {parent} name probe type macvtap mode bridge");
+        let made = self.tool("ip").args(words.split_whitespace()).output();
+        let made = made.expect("the rig has ip");
+        if made.status.success() {
+            self.ip("link delete probe");
+        } else {
+            let error = String::from_utf8_lossy(&made.stderr);
+            cannot_run(&format!("this kernel makes no macvtap: {}", error.trim()));
+        }
+        made.status.success()
     }
 
     /// Gives an interface an address, with its prefix length. An IPv6 address is of use at once: nobody is asked whether it is
@@ -274,9 +311,8 @@ mod tests {
             let namespace = Namespace::new(&rig)?;
             namespace.add_veth("up0", &namespace, "up1");
             namespace.add_macvtap("macvtap0", "up0");
-            let index = namespace.command("cat").arg("/sys/class/net/macvtap0/ifindex").output();
-            let index = String::from_utf8_lossy(&index.expect("cat is there").stdout).into_owned();
-            let node = format!("/dev/tap{}", index.trim_end());
+            let index = namespace.index("macvtap0");
+            let node = format!("/dev/tap{index}");
             // Where `/dev` is the kernel's own, it has a node for each.
             let kernel_s = fs::metadata("/dev/loop-control").is_ok();
             assert!(!kernel_s || Path::new(&node).exists(), "{node} is missing");

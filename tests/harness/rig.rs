@@ -13,7 +13,7 @@ pub enum KernelRelease {
     Stable,
     /// One of 2024 that has had no correction since: Debian 11's.
     Old,
-    /// The newest that Debian has. Without modules: what a console takes is built in.
+    /// The newest that Debian has. What a console takes is built in.
     New,
 }
 
@@ -69,12 +69,14 @@ impl Rig {
             .unwrap_or_else(|| panic!("no kernel below {}", root.display()))
     }
 
-    /// A module of that kernel, by its name without `.ko`.
+    /// A module of that kernel, by its name without `.ko`. The newest has them compressed, and unpacks them itself.
     ///
     /// # Panics
     /// If there is not exactly one.
     pub fn kernel_module(&self, release: KernelRelease, name: &str) -> PathBuf {
-        find_module(&only(&self.kernel_root(release).join("lib/modules"), |_| true), name)
+        let root = self.kernel_root(release);
+        let folder = if release == KernelRelease::New { "usr/lib/modules" } else { "lib/modules" };
+        find_module(&only(&root.join(folder), |_| true), name)
     }
 
     fn kernel_root(&self, release: KernelRelease) -> PathBuf {
@@ -110,9 +112,11 @@ fn is_kernel(path: &Path) -> bool {
 }
 
 fn find_module(tree: &Path, name: &str) -> PathBuf {
-    let file_name = format!("{name}.ko");
-    find(tree, &|path| path.file_name().is_some_and(|name| name == file_name.as_str()))
-        .unwrap_or_else(|| panic!("no module {file_name} below {}", tree.display()))
+    let file_names = [format!("{name}.ko"), format!("{name}.ko.xz")];
+    let is_it = |path: &Path| {
+        file_names.iter().any(|file_name| path.file_name().is_some_and(|name| name == &**file_name))
+    };
+    find(tree, &is_it).unwrap_or_else(|| panic!("no module {name} below {}", tree.display()))
 }
 
 /// The first file that is wanted, in a directory or below. None, too, where there is no such directory.

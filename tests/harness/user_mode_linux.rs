@@ -68,7 +68,16 @@ impl UserModeLinux {
     /// # Panics
     /// If the rig lacks a part.
     pub fn with_network(rig: Rig) -> Self {
-        Self::prepare(rig, &NETWORK_MODULES, &[NETWORK_PROGRAM])
+        Self::with_network_and(rig, &[], &[])
+    }
+
+    /// The same, with these modules and programs of the rig besides.
+    ///
+    /// # Panics
+    /// If the rig lacks a part.
+    pub fn with_network_and(rig: Rig, modules: &[&str], programs: &[&str]) -> Self {
+        let modules = [&NETWORK_MODULES, modules].concat();
+        Self::prepare(rig, &modules, &[&[NETWORK_PROGRAM], programs].concat())
     }
 
     /// The same, with what console devices need.

@@ -37,7 +37,7 @@ const UNSAFE_HOMES: &[&str] = &[
     "vhost-console/src/watch.rs",
     "tests/frontend/src/memory.rs",
     "tests/bench/stock/src/disk.rs",
-    "tests/bench/net/tap.rs",
+    "tests/harness/tap.rs",
 ];
 
 /// Modules whose input comes from a guest, a front end or an operator.

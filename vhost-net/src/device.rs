@@ -8,6 +8,7 @@ use std::convert::Infallible;
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use common::device::{Device, DeviceQueue, Network, NotAnnounced, QueueIo, Runtime};
 use common::engine::{ChannelIndex, Completion};
@@ -37,6 +38,12 @@ pub(crate) enum Kind {
     Transmit,
     Control,
 }
+
+/// How long after the link has come up the guest is asked to announce itself, and how long after that again. Linux's driver
+/// that is told of both at once sends its announcement first, over an interface without a carrier, which drops it; so does one
+/// that is late for a first time.
+const ANNOUNCEMENT_PAUSES: [Duration; 3] =
+    [Duration::from_millis(50), Duration::from_millis(200), Duration::from_secs(1)];
 
 /// The names of [`Kind`]s in metrics.
 const KINDS: &[&str] = &["receive", "transmit", "control"];
@@ -273,6 +280,18 @@ impl NetDevice {
         self.apply_offloads();
     }
 
+    /// Has the guest say where it is, since nobody knows it yet where it is plugged in now.
+    async fn have_guest_announced(&self, runtime: &impl Runtime) {
+        let Shared { state, backend, .. } = &*self.shared;
+        for pause in ANNOUNCEMENT_PAUSES {
+            tokio::time::sleep(pause).await;
+            let features = self.acknowledged.load(Ordering::Relaxed);
+            if backend.link().is_up() && state.announce(features) {
+                runtime.config_changed("the guest is to announce itself");
+            }
+        }
+    }
+
     fn forget_driver(&self) {
         self.acknowledged.store(0, Ordering::Relaxed);
         let Shared { state, filter, .. } = &*self.shared;
@@ -377,16 +396,23 @@ impl Device for NetDevice {
 
     async fn errands(&self, runtime: &impl Runtime) -> Infallible {
         let shared = &self.shared;
+        let plugged_in = Notify::new();
         let watched = shared.backend.watch(|event| {
             if shared.state.set_link(event.up) {
-                // Where it is plugged in now, nobody knows the guest yet.
-                let features = self.acknowledged.load(Ordering::Relaxed);
-                shared.state.announce(if event.up { features } else { 0 });
                 let news = if event.up { "the link is up" } else { "the link is down" };
                 runtime.config_changed(news);
+                if event.up {
+                    plugged_in.notify_one();
+                }
             }
             runtime.look();
         });
+        let announced = async {
+            loop {
+                plugged_in.notified().await;
+                self.have_guest_announced(runtime).await;
+            }
+        };
         let attached = async {
             loop {
                 shared.attached.notified().await;
@@ -395,6 +421,7 @@ impl Device for NetDevice {
         };
         tokio::select! {
             never = watched => never,
+            never = announced => never,
             never = attached => never,
         }
     }

@@ -1,5 +1,6 @@
 //! What a guest's network device is connected to: our daemon on an interface, and hosts beyond.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -24,7 +25,18 @@ impl Port {
     /// Starts a daemon that serves this back end, with further options, in a namespace or else here.
     pub(crate) fn open(namespace: Option<&Namespace>, backend: &str, options: &[&str]) -> Self {
         let directory = temp_dir();
-        let daemon = start(namespace, directory.path(), backend, options);
+        let daemon = command(namespace, directory.path(), options)
+            .argument("--backend")
+            .argument(backend)
+            .start();
+        Self { daemon, control: directory.path().join("control"), directory }
+    }
+
+    /// The same of a tap's or macvtap's queue that is open already.
+    pub(crate) fn pass(namespace: &Namespace, queue: File, options: &[&str]) -> Self {
+        let directory = temp_dir();
+        let command = command(Some(namespace), directory.path(), options).stdin(queue);
+        let daemon = command.argument("--tap-fd").argument("0").start();
         Self { daemon, control: directory.path().join("control"), directory }
     }
 
@@ -40,7 +52,10 @@ impl Port {
         // SIGKILL: its sockets stay.
         drop(daemon);
         meanwhile();
-        let daemon = start(namespace, directory.path(), backend, options);
+        let daemon = command(namespace, directory.path(), options)
+            .argument("--backend")
+            .argument(backend)
+            .start();
         Self { daemon, control, directory }
     }
 
@@ -78,6 +93,17 @@ impl Port {
         }
     }
 
+    /// How many rings of front ends that went at that moment have been found broken. As a kernel of User-Mode Linux ends, its
+    /// driver resets the device and takes its buffers back, one after the other, out of rings that run: nobody has told the
+    /// daemon of the reset (`vu_reset`). Who receives a frame just then sees available entries become fewer.
+    fn unstopped_rings(&self) -> u64 {
+        let log = self.daemon.log();
+        let lines: Vec<_> = log.lines().collect();
+        let is_last =
+            |lines: &&[&str]| lines[0].contains(RETREAT) && lines[1].contains("front end hung up");
+        lines.windows(2).filter(is_last).count() as u64
+    }
+
     /// Ends the daemon as an operator would, after a look at its counters: no frame of a driver's was malformed, no
     /// front end was at fault.
     pub(crate) fn expect_clean_end(self) {
@@ -88,11 +114,14 @@ impl Port {
         for reason in MALFORMED {
             assert_eq!(statistics.drops(reason), 0, "{reason} in {statistics:?}");
         }
-        assert_eq!(statistics.all_queues("broken"), 0, "{statistics:?}");
+        assert_eq!(statistics.all_queues("broken"), self.unstopped_rings(), "{statistics:?}");
         let status = self.daemon.terminate();
         assert!(status.success(), "the daemon ended with {status}");
     }
 }
+
+/// What a ring is broken by whose available entries become fewer.
+const RETREAT: &str = "ring is broken: available index jumped";
 
 /// Why frames are dropped that no driver of good faith sends.
 const MALFORMED: [&str; 10] = [
@@ -108,20 +137,13 @@ const MALFORMED: [&str; 10] = [
     "checksum_in_ethernet",
 ];
 
-fn start(
-    namespace: Option<&Namespace>,
-    directory: &Path,
-    backend: &str,
-    options: &[&str],
-) -> Daemon {
+fn command(namespace: Option<&Namespace>, directory: &Path, options: &[&str]) -> DaemonCommand {
     let command = DaemonCommand::new(&program("vhost-net"))
         .through(namespace.map(Namespace::launcher).unwrap_or_default())
         .socket(&directory.join("socket"))
         .argument("--control")
-        .argument(directory.join("control"))
-        .argument("--backend")
-        .argument(backend);
-    options.iter().fold(command, DaemonCommand::argument).start()
+        .argument(directory.join("control"));
+    options.iter().fold(command, DaemonCommand::argument)
 }
 
 /// A tap, and a host behind a bridge and a wire: frames come out of the wire as they would of a cable, with their checksums

@@ -1,19 +1,25 @@
 //! QEMU's machines on the network daemon. QEMU serves the control queue itself, gives the guest its address, and takes the
-//! connection for the link: another front end than User-Mode Linux in all that.
+//! connection for the link: another front end than User-Mode Linux in all that. Its device for back ends of any kind does
+//! nothing of the sort (`generic.rs`).
+
+mod generic;
 
 use serde_json::json;
-use tests::{Capture, Frame, Iperf, Machine, Namespace, Tap};
+use tests::{Capture, Echo, Frame, Iperf, Machine, Namespace, Tap};
 
 use super::port::{Port, Wire};
 use super::{PROGRAMS, TAP};
 use crate::dialogue::Guest;
-use crate::qemu::emulator::{Device, Emulator, Network, OnRestart, QUEUE_COUNT};
+use crate::qemu::emulator::{Device, Emulator, Network, OnRestart, QUEUE_COUNT, Version};
 use crate::qemu::finish;
+use crate::statistics::Statistics;
 
 const MAC: &str = "52:54:00:12:34:56";
 const MAC_BYTES: [u8; 6] = [0x52, 0x54, 0, 0x12, 0x34, 0x56];
 /// The EtherType of reverse ARP.
 const RARP: u16 = 0x8035;
+/// Long enough for a daemon to die and another one to come meanwhile.
+const LONG_ECHO: &str = "begin-echo 10.0.0.1 5 33554432";
 /// A pair for each of the machine's processors, and more than one thread to serve them.
 const OPTIONS: [&str; 6] = ["--mac", MAC, "--queue-pairs", "4", "--threads", "2"];
 
@@ -42,7 +48,22 @@ fn frames_on_the_wire_are_finished() {
 
 #[test]
 fn every_queue_carries_traffic_and_daemons_come_and_go() {
-    let Some(emulator) = Emulator::new(&PROGRAMS, &[]) else { return };
+    carries_traffic_while_daemons_come_and_go(Version::Usual);
+}
+
+#[test]
+fn every_queue_carries_traffic_and_daemons_come_and_go_on_the_oldest() {
+    carries_traffic_while_daemons_come_and_go(Version::Old);
+}
+
+#[test]
+fn every_queue_carries_traffic_and_daemons_come_and_go_on_the_newest() {
+    carries_traffic_while_daemons_come_and_go(Version::New);
+}
+
+/// A machine of this QEMU uses all its queues, is announced, and has data come back as it was sent over the death of a daemon.
+fn carries_traffic_while_daemons_come_and_go(version: Version) {
+    let Some(emulator) = Emulator::of(version, &PROGRAMS, &[]) else { return };
     let Some(namespace) = Namespace::new(emulator.rig()) else { return };
     super::without_ipv6(&namespace);
     namespace.add_tap(TAP, Tap::MultiQueue);
@@ -52,7 +73,7 @@ fn every_queue_carries_traffic_and_daemons_come_and_go() {
     // A guest that announces itself needs no announcement by others.
     let words = "check=dialogue address=10.0.0.2/24";
     let mut guest = Guest::meet(boot(&emulator, &port, &["guest_announce=off"], words));
-    let _iperf = Iperf::serve(&namespace);
+    let (_echo, _iperf) = (Echo::serve(&namespace), Iperf::serve(&namespace));
     expect_all_queues(&mut guest, &port);
 
     let capture = Capture::start(&namespace, TAP, "");
@@ -62,14 +83,26 @@ fn every_queue_carries_traffic_and_daemons_come_and_go() {
     guest.do_line("ping 10.0.0.1 1472");
     expect_announcement(&capture.stop());
 
+    let before = port.statistics();
+    guest.do_line(LONG_ECHO);
+    port.wait_for(|found| has_moved(found, Some(&before), 1 << 20));
     let port = port.restart(Some(&namespace), &backend, &OPTIONS, || {
         guest.do_line("await carrier 0");
     });
     guest.do_line("await carrier 1");
-    guest.do_line("ping 10.0.0.1 1472");
+    port.wait_for(|found| has_moved(found, None, 1 << 20));
+    guest.do_line("end-echo");
     expect_all_queues(&mut guest, &port);
     finish(guest.part());
     port.expect_clean_end();
+}
+
+/// Whether so much has gone each way since the daemon had counted `before`.
+fn has_moved(found: &Statistics, before: Option<&Statistics>, len_bytes: u64) -> bool {
+    ["transmit", "receive"].into_iter().all(|kind| {
+        let before = before.map_or(0, |before| before.bytes(kind));
+        found.bytes(kind) - before >= len_bytes
+    })
 }
 
 /// Has each of the guest's processors send and receive, which each do over a queue pair of its own.

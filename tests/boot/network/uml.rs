@@ -1,133 +1,55 @@
 //! User-Mode Linux guests on the network daemon. This kernel serves neither the control queue nor the configuration itself: all
 //! of the device is ours.
 
-use std::net::UdpSocket;
-use std::time::{Duration, Instant};
+mod congestion;
+mod taps;
 
-use tests::{Capture, Device, Echo, Frame, Iperf, Namespace, Passt, Rig, Tap, UserModeLinux};
+use tests::{Capture, Device, Frame, Iperf, Machine, Namespace, Passt, Rig, Tap, UserModeLinux};
 
+use super::bench::{
+    BRIDGE, Bench, DATAGRAMS, FrontEnd, MAC, MAC_BYTES, OTHER_MAC, bridged_namespace, is_from,
+    open_port, send,
+};
 use super::port::{Port, Wire};
-use super::{FRAME_BYTES_MAX, PINGS, TAP, rates};
+use super::{FRAME_BYTES_MAX, PINGS, TAP, rates, scenes};
 use crate::dialogue::Guest;
-use crate::statistics::Statistics;
 
-/// The guest's address.
-const MAC: &str = "52:54:00:12:34:56";
-const MAC_BYTES: [u8; 6] = [0x52, 0x54, 0, 0x12, 0x34, 0x56];
-/// An address that the guest was not given.
-const OTHER_MAC: &str = "52:54:00:65:43:21";
 const OTHER_MAC_BYTES: [u8; 6] = [0x52, 0x54, 0, 0x65, 0x43, 0x21];
-/// Why a frame does not reach the guest that the tap has had for it.
-const UNWANTED: [&str; 2] = ["unwanted_unicast", "unwanted_multicast"];
-/// An EtherType.
-const ARP: u16 = 0x0806;
-const BRIDGE: &str = "br0";
-/// Long enough for segments to be lost and sent again, when something happens meanwhile.
-const LONG_ECHO: &str = "begin-echo 10.0.0.1 5 268435456";
 /// Datagrams that have room in the receiving socket, whoever is slow: it counts the pages that they are in.
 const UNLOSABLE: &str = "--udp --bytes 32K --bitrate 10M";
-/// Time in which all that was sent has long arrived, and been counted.
-const QUIET_LIMIT: Duration = Duration::from_secs(20);
-/// What is sent in a row: fewer than a ring or a tap takes.
-const DATAGRAMS: u64 = 20;
 
-/// A guest on a tap, which the daemon makes, and a bridge with the address 10.0.0.1.
-struct Bench {
-    // The guest goes before its daemon, and the daemon before its network.
-    guest: Guest,
-    port: Port,
-    namespace: Namespace,
-    _guests: UserModeLinux,
-}
-
-impl Bench {
-    /// A guest in the dialogue, with the address 10.0.0.2, on a daemon with these options.
-    fn new(options: &[&str]) -> Option<Self> {
-        let guests = UserModeLinux::with_network(Rig::find()?);
-        let namespace = bridged_namespace(guests.rig())?;
-        let port = open_port(&namespace, TAP, MAC, options);
-        let guest = talk(&guests, &[&port], "10.0.0.2/24");
-        Some(Self { guest, port, namespace, _guests: guests })
+impl FrontEnd for UserModeLinux {
+    fn rig(&self) -> &Rig {
+        self.rig()
     }
 
-    /// An attribute that the host's kernel has about an interface.
-    fn attribute(&self, interface: &str, name: &str) -> String {
-        let path = format!("/sys/class/net/{interface}/{name}");
-        let output = self.namespace.command("cat").arg(&path).output().expect("cat is there");
-        assert!(output.status.success(), "{path}: {output:?}");
-        String::from_utf8_lossy(&output.stdout).trim().to_owned()
+    fn queue_pairs(&self) -> u16 {
+        // One for each processor, of which it has one.
+        1
     }
 
-    fn bridge_mac(&self) -> [u8; 6] {
-        let text = self.attribute(BRIDGE, "address");
-        let bytes: Vec<_> = text
-            .split(':')
-            .map(|byte| u8::from_str_radix(byte, 16).expect("hexadecimal"))
-            .collect();
-        bytes.try_into().expect("six bytes")
+    fn echo_bytes(&self) -> u64 {
+        256 << 20
     }
 
-    /// Fails unless the guest, the daemon and the tap come to count the same frames, and what each knows of their bytes.
-    fn expect_equal_counts(&mut self) {
-        let deadline = Instant::now() + QUIET_LIMIT;
-        loop {
-            let guest = ["tx_packets", "rx_packets", "tx_bytes", "rx_bytes"]
-                .map(|name| self.guest.show(&format!("statistics/{name}")));
-            let statistics = self.port.statistics();
-            let [(out, out_bytes), (into, in_bytes)] = ["transmit", "receive"]
-                .map(|kind| (statistics.requests(kind), statistics.bytes(kind)));
-            let daemon = [out, into, out_bytes, in_bytes];
-            // What goes into the guest leaves the tap; not all that leaves the tap goes into the guest.
-            let unwanted = UNWANTED.iter().map(|reason| statistics.drops(reason)).sum::<u64>();
-            let tap = ["rx_packets", "tx_packets", "rx_bytes"].map(|name| {
-                let count = self.attribute(TAP, &format!("statistics/{name}"));
-                count.parse::<u64>().expect("a number")
-            });
-            if guest == daemon && tap == [out, into + unwanted, out_bytes] {
-                return;
-            }
-            let late = Instant::now() > deadline;
-            assert!(!late, "guest {guest:?}, daemon {daemon:?} {unwanted}, tap {tap:?}");
-        }
+    fn boot(&self, port: &Port, words: &[&str]) -> Machine {
+        self.boot(&[Device::Network(port.socket())], "dialogue", words)
     }
 
-    fn finish(self) {
-        UserModeLinux::finish(self.guest.part());
-        self.port.expect_clean_end();
+    fn finish(&self, machine: Machine) {
+        Self::finish(machine);
     }
 }
 
-/// Sends datagrams from the host to an address.
-fn send(namespace: &Namespace, to: &str) {
-    let socket = namespace.run(|| UdpSocket::bind("10.0.0.1:0")).expect("the address is there");
-    for _ in 0..DATAGRAMS {
-        socket.send_to(&[7; 100], to).expect("the bridge is up");
-    }
-}
-
-/// A namespace whose bridge has the address 10.0.0.1.
-fn bridged_namespace(rig: &Rig) -> Option<Namespace> {
-    let namespace = Namespace::new(rig)?;
-    super::without_ipv6(&namespace);
-    namespace.add_bridge(BRIDGE, &[]);
-    namespace.add_address(BRIDGE, "10.0.0.1/24");
-    Some(namespace)
-}
-
-/// A daemon on a tap of that bridge.
-fn open_port(namespace: &Namespace, tap: &str, mac: &str, options: &[&str]) -> Port {
-    let options = [&["--bridge", BRIDGE, "--mac", mac], options].concat();
-    Port::open(Some(namespace), &format!("tap={tap}"), &options)
+/// A guest on a tap, with these options of the daemon's.
+fn bench(options: &[&str]) -> Option<Bench> {
+    Bench::new(UserModeLinux::with_network(Rig::find()?), options)
 }
 
 /// Boots a guest with an interface for each port, of which the first has this address.
 fn talk(guests: &UserModeLinux, ports: &[&Port], address: &str) -> Guest {
     let devices: Vec<_> = ports.iter().map(|port| Device::Network(port.socket())).collect();
     Guest::meet(guests.boot(&devices, "dialogue", &[&format!("address={address}")]))
-}
-
-fn is_from(frame: &Frame, source: [u8; 6]) -> bool {
-    frame.packet().is_ok_and(|packet| packet.source == source)
 }
 
 #[test]
@@ -170,7 +92,7 @@ fn long_frames_are_counted_and_captured() {
     let directory = tests::temp_dir();
     let file = directory.path().join("frames.pcapng");
     let pcap = file.to_str().expect("a temporary directory has a plain name");
-    let Some(mut bench) = Bench::new(&["--mtu", "9000", "--pcap", pcap]) else { return };
+    let Some(mut bench) = bench(&["--mtu", "9000", "--pcap", pcap]) else { return };
     let _iperf = Iperf::serve(&bench.namespace);
     let guest = &mut bench.guest;
     assert_eq!(guest.show("mtu"), 9000);
@@ -196,49 +118,21 @@ fn long_frames_are_counted_and_captured() {
 
 #[test]
 fn link_follows_the_tap_amid_traffic() {
-    let Some(mut bench) = Bench::new(&[]) else { return };
-    let Bench { guest, port, namespace, .. } = &mut bench;
-    let _echo = Echo::serve(namespace);
-    guest.do_line("await carrier 1");
-    guest.do_line(LONG_ECHO);
-    let began = port.wait_for(|found| found.bytes("transmit") > 1 << 20).bytes("transmit");
-    namespace.ip(&format!("link set {TAP} down"));
-    guest.do_line("await carrier 0");
-    let capture = Capture::start(namespace, BRIDGE, "arp");
-    namespace.ip(&format!("link set {TAP} up"));
-    guest.do_line("await carrier 1");
-    port.wait_for(|found| found.bytes("transmit") > began + (4 << 20));
-    expect_gratuitous_arp(&capture.stop());
-
-    namespace.ip(&format!("link delete {TAP}"));
-    guest.do_line("await carrier 0");
-    let before = port.statistics().bytes("transmit");
-    let capture = Capture::start(namespace, BRIDGE, "arp");
-    namespace.add_tap(TAP, Tap::SingleQueue);
-    guest.do_line("await carrier 1");
-    port.wait_for(|found| found.bytes("transmit") > before + (4 << 20));
-    // The daemon has made it a port of the bridge again: it was asked to.
-    expect_gratuitous_arp(&capture.stop());
-    guest.do_line("end-echo");
+    let Some(mut bench) = bench(&[]) else { return };
+    scenes::link_follows_the_tap_amid_traffic(&mut bench);
     bench.finish();
 }
 
-/// Fails unless the guest has told everybody where its address is.
-fn expect_gratuitous_arp(frames: &[Frame]) {
-    let tells = |frame: &Frame| {
-        let bytes = frame.bytes();
-        // RFC 5227, 1.2.1: the sender's address (at byte 28) is also the target's.
-        is_from(frame, MAC_BYTES)
-            && frame.packet().is_ok_and(|packet| packet.ether_type == ARP)
-            && bytes[28..32] == [10, 0, 0, 2]
-            && bytes[38..42] == [10, 0, 0, 2]
-    };
-    assert!(frames.iter().any(tells), "{frames:?}");
+#[test]
+fn frames_for_others_are_not_received() {
+    let Some(mut bench) = bench(&[]) else { return };
+    scenes::frames_for_others_are_not_received(&mut bench);
+    bench.finish();
 }
 
 #[test]
 fn frames_from_another_address_are_dropped() {
-    let Some(mut bench) = Bench::new(&["--only-mac"]) else { return };
+    let Some(mut bench) = bench(&["--only-mac"]) else { return };
     let guest = &mut bench.guest;
     guest.do_line("ping 10.0.0.1 56");
     let capture = Capture::start(&bench.namespace, TAP, "");
@@ -253,38 +147,8 @@ fn frames_from_another_address_are_dropped() {
 }
 
 #[test]
-fn frames_for_others_are_not_received() {
-    let Some(mut bench) = Bench::new(&[]) else { return };
-    bench.namespace.ip(&format!("neighbor add 10.0.0.9 lladdr {OTHER_MAC} dev {BRIDGE}"));
-    bench.namespace.ip(&format!("route add 239.0.0.0/8 dev {BRIDGE}"));
-    bench.guest.do_line("ping 10.0.0.1 56");
-    for (to, reason) in [("10.0.0.9:9", "unwanted_unicast"), ("239.1.2.3:9", "unwanted_multicast")]
-    {
-        send(&bench.namespace, to);
-        bench.port.wait_for(|found| found.drops(reason) >= DATAGRAMS);
-    }
-    bench.expect_equal_counts();
-    // Then the guest wants them all, and then, under its new address, those for it.
-    for line in ["promisc on", "promisc off", &format!("address {OTHER_MAC}")] {
-        bench.guest.do_line(&format!("ip link set eth0 {line}"));
-        let wants = line != "promisc off";
-        let before = bench.port.statistics();
-        send(&bench.namespace, "10.0.0.9:9");
-        let what = |found: &Statistics| {
-            if wants { found.requests("receive") } else { found.drops("unwanted_unicast") }
-        };
-        let after = bench.port.wait_for(|found| what(found) >= what(&before) + DATAGRAMS);
-        let unwanted = after.drops("unwanted_unicast") - before.drops("unwanted_unicast");
-        assert_eq!(unwanted, if wants { 0 } else { DATAGRAMS }, "{line}: {after:?}");
-    }
-    bench.guest.do_line("ping 10.0.0.1 56");
-    bench.expect_equal_counts();
-    bench.finish();
-}
-
-#[test]
 fn limits_hold_in_the_guest() {
-    let Some(mut bench) = Bench::new(&[]) else { return };
+    let Some(mut bench) = bench(&[]) else { return };
     let _iperf = Iperf::serve(&bench.namespace);
     rates::measure(&mut bench.guest, "10.0.0.1", bench.port.control());
     bench.finish();

@@ -26,6 +26,9 @@ pub(crate) const QUEUE_COUNT: u16 = 4;
 /// Processors of the newest machines, whose consoles have the same queues for any number. The fewer there are, the fewer
 /// must be given time by a busy host all at once, which the newest kernel needs to come up.
 const NEWEST_PROCESSORS: u16 = 2;
+/// Entries of a queue of a network as it is: by default it has 64, of which Linux's driver leaves up to a half empty, and then the
+/// longest frame finds no room.
+const NETWORK_QUEUE_SIZE: u16 = 256;
 /// What the drivers are made of, in the order of their dependencies.
 const MODULES: [&str; 9] = [
     "virtio_ring",
@@ -48,6 +51,8 @@ const CONSOLE_MODULES: [&str; 6] = [
     "virtio_console",
 ];
 const OLD_CONSOLE_MODULES: [&str; 4] = ["virtio", "virtio_ring", "virtio_pci", "virtio_console"];
+/// What a network takes of the newest kernel.
+const NEW_NETWORK_MODULES: [&str; 3] = ["failover", "net_failover", "virtio_net"];
 /// Memory of the machine. The load's initial RAM disk needs most of it: fio and all its libraries, twice while unpacking.
 const MEMORY: &str = "512M";
 /// A kernel that panics restarts at once, which ends a machine that must not restart: no test waits for its deadline. It does
@@ -55,8 +60,46 @@ const MEMORY: &str = "512M";
 /// no time for the emulator meanwhile.
 const KERNEL_WORDS: &str = "console=ttyS0 quiet panic=-1 no_timer_check";
 
-/// How often QEMU tries to connect to a back end that is gone.
-const RECONNECT_MS: u32 = 100;
+/// Where the parts of [`Version::Old`] are that it loads as it needs them.
+const OLD_PARTS: &str = "../qemu-7.2/usr/lib/x86_64-linux-gnu/qemu";
+
+/// Which QEMU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Version {
+    /// 7.2, of Debian 12 itself.
+    Old,
+    /// 10, of its backports.
+    Usual,
+    /// 11, the newest that Debian has: its machines can have devices of any kind that somebody else serves.
+    New,
+}
+
+impl Version {
+    fn launcher(self) -> &'static str {
+        match self {
+            Self::Old => "qemu-system-x86_64-7.2",
+            Self::Usual => "qemu-system-x86_64",
+            Self::New => "qemu-system-x86_64-sid",
+        }
+    }
+
+    /// How soon it tries to connect to a back end that is gone: as soon as it can be told to.
+    fn reconnect(self) -> &'static str {
+        match self {
+            Self::Old => "reconnect=1",
+            Self::Usual | Self::New => "reconnect-ms=100",
+        }
+    }
+
+    /// Interrupts of a network interface: one for each queue, for the control queue and for the configuration.
+    fn vectors(self, queue_pairs: u16) -> u16 {
+        match self {
+            // Without hardware virtualisation it crashes where a back end calls by an interrupt of its own.
+            Self::Old => 0,
+            Self::Usual | Self::New => 2 * queue_pairs + 2,
+        }
+    }
+}
 
 /// What happens when the guest restarts its machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,8 +117,11 @@ pub(crate) enum Device<'a> {
     Block(&'a Path),
     /// A network interface: `eth0`, the next one `eth1`.
     Network(Network<'a>),
-    /// A console device of an [`Emulator::newest`] machine, with so many queues; its first console is `hvc0`.
+    /// A console device of a machine of [`Version::New`], with so many queues; its first console is `hvc0`.
     Console(&'a Path, u16),
+    /// A network interface of such a machine that is the back end's, control queue and configuration included, with so many
+    /// queue pairs.
+    NetworkAsItIs(&'a Path, u16),
     /// What QEMU's own devices are, as options.
     Own(&'a [&'a str]),
 }
@@ -92,36 +138,49 @@ pub(crate) struct Network<'a> {
 
 impl Device<'_> {
     /// The emulator's options for it; `name` is no other device's.
-    fn arguments(&self, name: &str) -> Vec<String> {
+    fn arguments(&self, name: &str, version: Version) -> Vec<String> {
         match self {
             Self::Block(socket) => [
                 "-chardev".into(),
-                format!("socket,id={name},path={},reconnect-ms={RECONNECT_MS}", socket.display()),
+                format!("socket,id={name},path={},{}", socket.display(), version.reconnect()),
                 "-device".into(),
                 format!("vhost-user-blk-pci,chardev={name},num-queues={QUEUE_COUNT}"),
             ]
             .into(),
-            Self::Network(network) => network.arguments(name),
-            Self::Console(socket, queue_count) => [
-                "-chardev".into(),
-                format!("socket,id={name},path={}", socket.display()),
-                "-device".into(),
-                // Columns, rows, the number of ports and the emergency register (VIRTIO 1.3, 5.3.4).
-                format!(
-                    "vhost-user-test-device-pci,chardev={name},virtio-id=3,num_vqs={queue_count},config_size=12"
-                ),
-            ]
-            .into(),
+            Self::Network(network) => network.arguments(name, version),
+            // Columns, rows, the number of ports and the emergency register (VIRTIO 1.3, 5.3.4).
+            Self::Console(socket, queue_count) => {
+                let properties = format!("virtio-id=3,num_vqs={queue_count},config_size=12");
+                of_any_kind(name, socket, &properties)
+            }
+            // All of `struct virtio_net_config` (VIRTIO 1.3, 5.1.4) but what comes with features that nobody offers.
+            Self::NetworkAsItIs(socket, queue_pairs) => {
+                let properties = format!(
+                    "virtio-id=1,num_vqs={},vq_size={NETWORK_QUEUE_SIZE},config_size=28",
+                    2 * queue_pairs + 1
+                );
+                of_any_kind(name, socket, &properties)
+            }
             Self::Own(options) => options.iter().copied().map(str::to_owned).collect(),
         }
     }
 }
 
+/// QEMU's device for back ends of any kind: which it is (VIRTIO 1.3, 5), its queues, the length of its configuration space.
+fn of_any_kind(name: &str, socket: &Path, properties: &str) -> Vec<String> {
+    [
+        "-chardev".into(),
+        format!("socket,id={name},path={}", socket.display()),
+        "-device".into(),
+        format!("vhost-user-test-device-pci,chardev={name},{properties}"),
+    ]
+    .into()
+}
+
 impl Network<'_> {
-    fn arguments(&self, name: &str) -> Vec<String> {
+    fn arguments(&self, name: &str, version: Version) -> Vec<String> {
         let Self { socket, queue_pairs, properties } = self;
-        // A vector for each queue, for the control queue and for the configuration.
-        let vectors = 2 * queue_pairs + 2;
+        let (reconnect, vectors) = (version.reconnect(), version.vectors(*queue_pairs));
         // Its firmware would boot from the network: no test does.
         let mut device = format!("virtio-net-pci,netdev={name},vectors={vectors},romfile=");
         if *queue_pairs > 1 {
@@ -132,7 +191,7 @@ impl Network<'_> {
         }
         [
             "-chardev".into(),
-            format!("socket,id={name},path={},reconnect-ms={RECONNECT_MS}", socket.display()),
+            format!("socket,id={name},path={},{reconnect}", socket.display()),
             "-netdev".into(),
             format!("vhost-user,id={name},chardev={name},queues={queue_pairs}"),
             "-device".into(),
@@ -146,7 +205,7 @@ impl Network<'_> {
 #[derive(Debug)]
 pub(crate) struct Emulator {
     rig: Rig,
-    launcher: &'static str,
+    version: Version,
     release: KernelRelease,
     processors: u16,
     directory: TempDir,
@@ -156,11 +215,16 @@ impl Emulator {
     /// Prepares an initial RAM disk with the guest's checks, these programs of the rig, and modules beyond those of its devices.
     /// `None`: this cannot run here, and has said why.
     pub(crate) fn new(programs: &[&str], modules: &[&str]) -> Option<Self> {
+        Self::of(Version::Usual, programs, modules)
+    }
+
+    /// The same of one of the versions of QEMU.
+    pub(crate) fn of(version: Version, programs: &[&str], modules: &[&str]) -> Option<Self> {
         let rig = Rig::find()?;
         let release = KernelRelease::Stable;
         let modules: Vec<_> =
             MODULES.iter().chain(modules).map(|name| rig.kernel_module(release, name)).collect();
-        Some(Self::prepare(rig, "qemu-system-x86_64", release, &modules, programs))
+        Some(Self::prepare(rig, version, release, &modules, programs))
     }
 
     /// The same of the newest QEMU, whose machines can have consoles that somebody else serves, with one of the kernels.
@@ -172,13 +236,22 @@ impl Emulator {
             KernelRelease::Stable => &CONSOLE_MODULES,
         };
         let modules: Vec<_> = modules.iter().map(|name| rig.kernel_module(release, name)).collect();
-        let prepared = Self::prepare(rig, "qemu-system-x86_64-sid", release, &modules, &[]);
+        let prepared = Self::prepare(rig, Version::New, release, &modules, &[]);
+        Some(Self { processors: NEWEST_PROCESSORS, ..prepared })
+    }
+
+    /// The same with the newest kernel, for networks.
+    pub(crate) fn newest_with_network(programs: &[&str]) -> Option<Self> {
+        let rig = Rig::find()?;
+        let release = KernelRelease::New;
+        let modules = NEW_NETWORK_MODULES.map(|name| rig.kernel_module(release, name));
+        let prepared = Self::prepare(rig, Version::New, release, &modules, programs);
         Some(Self { processors: NEWEST_PROCESSORS, ..prepared })
     }
 
     fn prepare(
         rig: Rig,
-        launcher: &'static str,
+        version: Version,
         release: KernelRelease,
         modules: &[PathBuf],
         programs: &[&str],
@@ -189,7 +262,12 @@ impl Emulator {
             initrd.program(&rig, program);
         }
         initrd.write(&directory.path().join("initrd"));
-        Self { rig, launcher, release, processors: QUEUE_COUNT, directory }
+        Self { rig, version, release, processors: QUEUE_COUNT, directory }
+    }
+
+    /// How many processors a machine has.
+    pub(crate) fn processors(&self) -> u16 {
+        self.processors
     }
 
     /// What the machines are made of.
@@ -261,7 +339,11 @@ impl Emulator {
     }
 
     fn machine(&self, devices: &[Device<'_>], on_restart: OnRestart) -> Command {
-        let mut command = self.rig.tool(self.launcher);
+        let mut command = self.rig.tool(self.version.launcher());
+        if self.version == Version::Old {
+            // Newer ones look beside their program file, too.
+            command.env("QEMU_MODULE_DIR", self.rig.path(OLD_PARTS));
+        }
         command
             .args([
                 "-accel",
@@ -287,7 +369,7 @@ impl Emulator {
             .arg("-qmp")
             .arg(format!("unix:{},server=on,wait=off", self.monitor().display()));
         for (index, device) in devices.iter().enumerate() {
-            command.args(device.arguments(&format!("device{index}")));
+            command.args(device.arguments(&format!("device{index}"), self.version));
         }
         if on_restart == OnRestart::End {
             command.arg("-no-reboot");

@@ -10,6 +10,8 @@ use rustix::system::{RebootCommand, finit_module, reboot};
 use crate::checks::Failure;
 
 const NO_PARAMETERS: &CStr = c"";
+/// `linux/module.h`: MODULE_INIT_COMPRESSED_FILE.
+const COMPRESSED: i32 = 4;
 
 /// Mounts `/proc`, `/sys` and `/dev`.
 pub(crate) fn mount_kernel_file_systems() -> Result<(), Failure> {
@@ -35,7 +37,8 @@ pub(crate) fn load_modules() -> Result<(), Failure> {
     modules.sort();
     for path in modules {
         let module = File::open(&path)?;
-        finit_module(&module, NO_PARAMETERS, 0)
+        let is_compressed = path.extension().is_some_and(|extension| extension == "xz");
+        finit_module(&module, NO_PARAMETERS, if is_compressed { COMPRESSED } else { 0 })
             .map_err(|error| format!("cannot load {}: {error}", path.display()))?;
     }
     Ok(())

@@ -4,9 +4,13 @@
 //! | line | what is done before it is answered |
 //! |---|---|
 //! | `ip WORDS` | busybox's `ip`: addresses, MTU, modes, the interface's own address |
+//! | `ethtool WORDS` | `ethtool`: queues and offloads of the driver |
+//! | `tc WORDS` | `tc`: what happens to frames before the driver has them |
+//! | `set NAME VALUE` | a setting of the kernel's, below `/proc/sys/net` |
 //! | `ping PEER BYTES` | every ping of this size is answered |
 //! | `miss PEER` | no ping is |
-//! | `serve` | others can have what they send echoed from now on |
+//! | `serve` | others can have what they send echoed from now on, datagrams too |
+//! | `segments PEER PORT BYTES COUNT` | the kernel is given so many datagrams as one, for whoever is last to cut |
 //! | `echo PEER SEED BYTES` | the peer sends a pattern back |
 //! | `begin-echo PEER SEED BYTES` | nothing yet: the same goes on meanwhile |
 //! | `end-echo` | what was begun is over |
@@ -17,21 +21,27 @@
 //!
 //! All is of the interface of the command line, whose addresses and MTU are set first; the first answer says that they are.
 
+use std::fs;
 use std::io;
 use std::io::{Read, Write};
-use std::net::{IpAddr, Ipv6Addr, Shutdown, TcpListener, TcpStream};
+use std::net::{IpAddr, Ipv6Addr, Shutdown, TcpListener, TcpStream, UdpSocket};
 use std::panic::resume_unwind;
-use std::process::Command;
+use std::path::Path;
+use std::process::{Command, Stdio};
 use std::thread::{self, JoinHandle};
 
 use guest::announcement::Announcement;
 use rustix::net::netlink::SocketAddrNetlink;
 use rustix::net::{AddressFamily, RecvFlags, SocketType, bind, recv, socket};
 
-use super::Failure;
 use super::network::{BUSYBOX, ECHO_PORT, attribute, configure, echo, ip, load, ping};
+use super::{Failure, run_program};
 use crate::parameters::Parameters;
 
+const ETHTOOL: &str = "/sbin/ethtool";
+const SOCAT: &str = "/usr/bin/socat";
+const TC: &str = "/sbin/tc";
+const SETTINGS: &str = "/proc/sys/net";
 /// Notices of interfaces (rtnetlink(7): `RTMGRP_LINK`).
 const INTERFACES: u32 = 1;
 /// A notice is shorter, and what it says is looked up.
@@ -65,9 +75,15 @@ impl Guest<'_> {
         let words: Vec<_> = line.split_whitespace().collect();
         match &*words {
             ["ip", words @ ..] => ip(words)?,
+            ["ethtool", words @ ..] => run_program(Command::new(ETHTOOL).args(words))?,
+            ["tc", words @ ..] => run_program(Command::new(TC).args(words))?,
+            ["set", name, value] => fs::write(Path::new(SETTINGS).join(name), value)?,
             ["ping", peer, len_bytes] => ping(peer.parse()?, len_bytes.parse()?)?,
             ["miss", peer] => miss(peer.parse()?)?,
             ["serve"] => serve()?,
+            ["segments", peer, port, len_bytes, count] => {
+                send_as_one(peer, port, len_bytes.parse()?, count.parse()?)?;
+            }
             ["echo", peer, seed, len_bytes] => {
                 echo(peer.parse()?, seed.parse()?, len_bytes.parse()?)?;
             }
@@ -111,6 +127,14 @@ fn miss(peer: IpAddr) -> Result<(), Failure> {
 
 /// Serves the echo service until the guest ends.
 fn serve() -> Result<(), Failure> {
+    let datagrams = UdpSocket::bind((Ipv6Addr::UNSPECIFIED, ECHO_PORT))?;
+    thread::spawn(move || {
+        let mut bytes = vec![0; 64 << 10];
+        while let Ok((len, from)) = datagrams.recv_from(&mut bytes) {
+            // Who does not wait for it has gone.
+            let _ = datagrams.send_to(&bytes[..len], from);
+        }
+    });
     let listener = TcpListener::bind((Ipv6Addr::UNSPECIFIED, ECHO_PORT))?;
     thread::spawn(move || {
         for connection in listener.incoming().map_while(Result::ok) {
@@ -118,6 +142,20 @@ fn serve() -> Result<(), Failure> {
         }
     });
     Ok(())
+}
+
+/// Gives the kernel datagrams of this length as one (`UDP_SEGMENT`). Each is full of its number.
+fn send_as_one(peer: &str, port: &str, len_bytes: usize, count: u8) -> Result<(), Failure> {
+    let bytes: Vec<_> = (0..count).flat_map(|number| vec![number; len_bytes]).collect();
+    let mut socat = Command::new(SOCAT)
+        .args(["-u", "-b", &bytes.len().to_string(), "-"])
+        // The option's level is UDP (17), its number 103 (linux/udp.h).
+        .arg(format!("UDP:{peer}:{port},setsockopt-int=17:103:{len_bytes}"))
+        .stdin(Stdio::piped())
+        .spawn()?;
+    socat.stdin.take().ok_or("socat has no input")?.write_all(&bytes)?;
+    let status = socat.wait()?;
+    if status.success() { Ok(()) } else { Err(format!("socat ended with {status}").into()) }
 }
 
 fn send_back(mut connection: TcpStream) -> io::Result<()> {

@@ -39,6 +39,8 @@ pub(super) struct World {
     mode: Mode,
     device: Arc<NetDevice>,
     stage: Stage<NetDevice>,
+    /// By which errands wait: it stands still.
+    clock: tokio::runtime::Runtime,
     guest: Arc<Guest>,
     pub(super) receiving: Vec<Receiving>,
     pub(super) transmitting: Vec<Transmitting>,
@@ -93,7 +95,13 @@ impl World {
         let has_control = mode.has(VIRTIO_NET_F_CTRL_VQ);
         let control = has_control
             .then(|| Commanding { ring: start(pairs * 2, &mut random), made: Vec::new() });
+        let clock = tokio::runtime::Builder::new_current_thread()
+            .enable_time()
+            .start_paused(true)
+            .build()
+            .expect("a clock needs nothing of the kernel's");
         let mut world = Self {
+            clock,
             random,
             mode,
             device,
@@ -257,6 +265,7 @@ impl World {
 
     /// The main thread does what there is to do.
     fn main_thread(&mut self) {
+        let _inside = self.clock.enter();
         let main_thread = MainThread::default();
         let errands = pin!(self.device.errands(&main_thread));
         let polled = errands.poll(&mut Context::from_waker(Waker::noop()));
