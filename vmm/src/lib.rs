@@ -7,7 +7,15 @@
 #[allow(dead_code)]
 mod bus;
 #[allow(dead_code)]
+mod front_end;
+#[allow(dead_code)]
+mod interrupts;
+#[allow(dead_code)]
 mod layout;
+#[allow(dead_code)]
+mod pci;
+#[allow(dead_code)]
+mod virtio;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
