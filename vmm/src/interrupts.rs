@@ -236,7 +236,6 @@ impl Drop for Vector {
 pub(crate) mod fake {
     use std::collections::BTreeMap;
     use std::io;
-    use std::os::fd::AsRawFd;
     use std::sync::Mutex;
 
     use vmm_sys_util::eventfd::EventFd;
@@ -253,8 +252,8 @@ pub(crate) mod fake {
         pub(crate) messages: BTreeMap<u32, Message>,
         /// Vectors that are attached.
         pub(crate) calls: BTreeMap<u32, EventFd>,
-        /// Addresses, and the descriptors that are kicked.
-        pub(crate) kicks: BTreeMap<u64, i32>,
+        /// What is kicked by a write to an address.
+        pub(crate) kicks: BTreeMap<u64, EventFd>,
         /// How often the routes were replaced.
         pub(crate) updates: usize,
     }
@@ -282,14 +281,14 @@ pub(crate) mod fake {
 
         fn attach_kick(&self, kick: &EventFd, address: u64) -> io::Result<()> {
             let mut state = self.state.lock().expect("no test panics with it");
-            let before = state.kicks.insert(address, kick.as_raw_fd());
+            let before = state.kicks.insert(address, kick.try_clone()?);
             assert!(before.is_none(), "{address:#x} has a kick already");
             Ok(())
         }
 
-        fn detach_kick(&self, kick: &EventFd, address: u64) -> io::Result<()> {
+        fn detach_kick(&self, _kick: &EventFd, address: u64) -> io::Result<()> {
             let mut state = self.state.lock().expect("no test panics with it");
-            assert_eq!(state.kicks.remove(&address), Some(kick.as_raw_fd()));
+            assert!(state.kicks.remove(&address).is_some(), "{address:#x} has no kick");
             Ok(())
         }
     }

@@ -14,6 +14,9 @@
 
 pub(crate) mod config;
 pub(crate) mod msix;
+#[cfg(test)]
+#[allow(clippy::arithmetic_side_effects)]
+mod tests;
 
 use std::io;
 use std::ops::Range;
