@@ -35,6 +35,7 @@ const UNSAFE_HOMES: &[&str] = &[
     "common/src/protocol/connection.rs",
     "vhost-net/src/backend/descriptor.rs",
     "vhost-console/src/watch.rs",
+    "vmm/src/memory.rs",
     "tests/frontend/src/memory.rs",
     "tests/bench/stock/src/disk.rs",
     "tests/bench/net/tap.rs",
@@ -60,6 +61,10 @@ const PARSERS: &[&str] = &[
     "vhost-console/src/control",
     "vhost-console/src/attach/escape.rs",
     "vhost-console/src/attach/operator.rs",
+    "vmm/src/bus.rs",
+    "vmm/src/loader.rs",
+    "vmm/src/power.rs",
+    "vmm/src/serial.rs",
 ];
 
 /// The lints that a parsing module denies.
