@@ -298,6 +298,11 @@ impl Queue<'_> {
         memory.store(self.next, at, Ordering::Release).expect("the index");
     }
 
+    /// Where the used ring is.
+    pub(super) fn used_ring(&self) -> u64 {
+        self.used
+    }
+
     /// Writes to where the guest notifies; KVM has an eventfd there.
     pub(super) fn notify(&self) {
         let state = self.guest.vm.state.lock().expect("whole");
