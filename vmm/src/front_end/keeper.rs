@@ -14,21 +14,21 @@
 )]
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use thiserror::Error;
 use tracing::{debug, info, warn};
 use vm_memory::GuestMemoryMmap;
 
 use super::Shared;
+use super::control::Control;
+use super::relay::{Relay, wait_for};
 use super::session::{Error, Inflight, Limits, Offer, Session};
 use super::setup::Setup;
 use super::watchdog::Watchdog;
@@ -55,6 +55,13 @@ enum Task {
     Wait,
 }
 
+/// A driver's set-up, and what outlives a daemon of what it has served.
+struct Served {
+    setup: Arc<Setup>,
+    inflight: Option<Inflight>,
+    control: Option<Control>,
+}
+
 /// The thread's state.
 pub(super) struct Keeper {
     shared: Arc<Shared>,
@@ -62,8 +69,8 @@ pub(super) struct Keeper {
     memory: GuestMemoryMmap,
     watchdog: Arc<Watchdog>,
     limits: Limits,
-    /// What the last daemon served, with its record of requests in flight.
-    served: Option<(Arc<Setup>, Option<Inflight>)>,
+    /// What daemons have served, and the next one is to go on with.
+    served: Option<Served>,
     /// That nobody is there has been said.
     has_said_so: bool,
 }
@@ -185,22 +192,18 @@ impl Keeper {
 
     fn work(&mut self, session: &mut Session) -> Result<(), Error> {
         let mut running: Option<Arc<Setup>> = None;
+        let mut relay: Option<Relay> = None;
         loop {
             match self.next_task(running.as_ref()) {
                 Task::End => return Ok(()),
                 Task::Start(setup) => {
-                    let mut inflight = match self.served.take() {
-                        Some((served, inflight)) if Arc::ptr_eq(&served, &setup) => inflight,
-                        _ => None,
-                    };
-                    let started = session.start(&setup, &self.memory, &mut inflight);
-                    self.served = Some((Arc::clone(&setup), inflight));
-                    started?;
+                    relay = self.start(session, &setup)?;
+                    self.serve_control(session, relay.as_mut())?;
                     running = Some(setup);
                 }
                 Task::Stop(setup) => {
                     session.stop(&setup)?;
-                    running = None;
+                    (running, relay) = (None, None);
                     self.served = None;
                     self.shared.state().may_run = false;
                     self.shared.changed.notify_all();
@@ -213,13 +216,44 @@ impl Keeper {
                     self.learn_config(session, false)?;
                 }
                 Task::Wait => {
-                    if !self.wait(session)? {
+                    if !self.wait(session, relay.as_mut())? {
                         info!(device = self.shared.name, "the daemon has hung up");
                         return Ok(());
                     }
                 }
             }
         }
+    }
+
+    /// Has the daemon serve the driver from where the last one was.
+    fn start(&mut self, session: &mut Session, setup: &Arc<Setup>) -> Result<Option<Relay>, Error> {
+        let is_same = |served: &Served| Arc::ptr_eq(&served.setup, setup);
+        if !self.served.as_ref().is_some_and(is_same) {
+            let ring = setup.control.as_ref();
+            let control = ring
+                .map(|ring| Control::new(ring, setup.features, self.memory.clone()))
+                .transpose()?;
+            self.served = Some(Served { setup: Arc::clone(setup), inflight: None, control });
+        }
+        let Some(Served { inflight, control, .. }) = &mut self.served else { return Ok(None) };
+        let ring = setup.control.as_ref();
+        let mut relay = ring.map(|ring| Relay::new(ring.index)).transpose()?;
+        session.start(setup, &self.memory, relay.as_ref(), inflight)?;
+        if let (Some(control), Some(relay)) = (control, &mut relay) {
+            control
+                .replay(|command| relay.carry_out(command, session.socket(), self.limits.reply))?;
+        }
+        Ok(relay)
+    }
+
+    /// Has the daemon carry out what commands there are.
+    fn serve_control(&mut self, session: &Session, relay: Option<&mut Relay>) -> Result<(), Error> {
+        let control = self.served.as_mut().and_then(|served| served.control.as_mut());
+        if let (Some(control), Some(relay)) = (control, relay) {
+            let limit = self.limits.reply;
+            control.serve(|command| relay.carry_out(command, session.socket(), limit))?;
+        }
+        Ok(())
     }
 
     fn next_task(&self, running: Option<&Arc<Setup>>) -> Task {
@@ -244,15 +278,21 @@ impl Keeper {
     }
 
     /// Waits for something to do; says whether the daemon still is there.
-    fn wait(&self, session: &mut Session) -> Result<bool, Error> {
-        let (hung_up, has_request) = {
-            let channel = session.channel().map(|channel| channel.socket().as_fd());
-            let ready = wait_for([Some(session.socket().as_fd()), channel], &self.shared, None);
-            (ready[0], ready[1])
-        };
+    fn wait(&mut self, session: &mut Session, relay: Option<&mut Relay>) -> Result<bool, Error> {
+        let channel = session.channel().map(|channel| channel.socket().as_raw_fd());
+        let control = self.served.as_ref().and_then(|served| served.control.as_ref());
+        let kick = control.filter(|_| relay.is_some()).map(|control| control.kick().as_raw_fd());
+        let wake = Some(self.shared.wake.as_raw_fd());
+        let socket = Some(session.socket().as_raw_fd());
+        let [hung_up, has_request, has_command, _] =
+            wait_for([socket, channel, kick, wake], None).map_err(Error::Wait)?;
+        self.shared.take_wake();
         // Nothing was asked of it: whatever comes, the two are out of step.
         if hung_up {
             return Ok(false);
+        }
+        if has_command {
+            self.serve_control(session, relay)?;
         }
         if has_request && session.take_request()? {
             self.shared.config_changes.fetch_add(1, Ordering::Relaxed);
@@ -283,35 +323,13 @@ impl Keeper {
                 return true;
             }
             let Some(left) = time.checked_sub(begin.elapsed()) else { return false };
-            wait_for([None, None], &self.shared, Some(left));
+            let wake = self.shared.wake.as_raw_fd();
+            if let Err(error) = wait_for([Some(wake)], Some(left)) {
+                warn!(device = self.shared.name, %error, "cannot wait");
+            }
+            self.shared.take_wake();
         }
     }
-}
-
-/// Waits until one of the descriptors is readable, the thread is woken, or the time is over; says which ones are readable.
-fn wait_for(
-    descriptors: [Option<BorrowedFd<'_>>; 2],
-    shared: &Shared,
-    limit: Option<Duration>,
-) -> [bool; 2] {
-    let limit = limit.map(|limit| Timespec {
-        tv_sec: i64::try_from(limit.as_secs()).unwrap_or(i64::MAX),
-        tv_nsec: limit.subsec_nanos().into(),
-    });
-    let wake = shared.wake.as_fd();
-    // A descriptor that is not there is one that never becomes readable: the waker, asked for nothing.
-    let [first, second] = descriptors.map(|descriptor| match descriptor {
-        Some(descriptor) => PollFd::from_borrowed_fd(descriptor, PollFlags::IN | PollFlags::RDHUP),
-        None => PollFd::from_borrowed_fd(wake, PollFlags::empty()),
-    });
-    let mut all = [first, second, PollFd::from_borrowed_fd(wake, PollFlags::IN)];
-    match poll(&mut all, limit.as_ref()) {
-        Ok(_) | Err(Errno::INTR) => {}
-        Err(error) => warn!(device = shared.name, %error, "poll"),
-    }
-    let [first, second, _] = all.map(|descriptor| !descriptor.revents().is_empty());
-    let _not_woken = rustix::io::read(&shared.wake, &mut [0; 8]);
-    [first, second]
 }
 
 /// An error's causes in one line.

@@ -17,14 +17,16 @@ pub(crate) enum Kind {
 const BLOCK_WITHOUT: u64 = 1 << 16 | 1 << 17;
 
 const VIRTIO_NET_F_MAC: u64 = 1 << 5;
+const VIRTIO_NET_F_CTRL_VQ: u64 = 1 << 17;
+const VIRTIO_NET_F_MQ: u64 = 1 << 22;
 /// VIRTIO 1.3, 5.1.3.1: what needs a control queue: the queue itself, its commands, several queue pairs.
 const NETWORK_CONTROL: u64 = 1 << 2
-    | 1 << 17
+    | VIRTIO_NET_F_CTRL_VQ
     | 1 << 18
     | 1 << 19
     | 1 << 20
     | 1 << 21
-    | 1 << 22
+    | VIRTIO_NET_F_MQ
     | 1 << 23
     | 1 << 53
     | 1 << 57
@@ -90,6 +92,19 @@ impl Kind {
         features & !without | self.own_features()
     }
 
+    /// The index of a network's control queue, for a driver with these features.
+    // VIRTIO 1.3, 5.1.2: controlq is behind the queues of max_virtqueue_pairs with MQ, and is queue 2 without.
+    pub(crate) fn control_queue(self, features: u64, config: &[u8]) -> Option<u16> {
+        let is_there = matches!(self, Self::Network(_)) && features & VIRTIO_NET_F_CTRL_VQ != 0;
+        let pairs = match config {
+            [_, _, _, _, _, _, _, _, low, high, ..] if features & VIRTIO_NET_F_MQ != 0 => {
+                u16::from_le_bytes([*low, *high])
+            }
+            _ => 1,
+        };
+        is_there.then_some(pairs.saturating_mul(2))
+    }
+
     /// Puts what this process says by itself into the configuration space.
     pub(crate) fn complete(self, config: &mut [u8]) {
         if let Self::Network(Some(mac)) = self {
@@ -117,6 +132,18 @@ mod tests {
         let network = Kind::Network(None);
         assert_eq!(network.sound(u64::MAX, 2), !NETWORK_CONTROL);
         assert_eq!(network.sound(u64::MAX, 3), u64::MAX);
+    }
+
+    #[test]
+    fn control_queue_is_behind_all_pairs_only_if_the_driver_knows_of_several() {
+        let network = Kind::Network(None);
+        let mut config = [0; 24];
+        config[8] = 4;
+        assert_eq!(network.control_queue(1 << 17 | 1 << 22, &config), Some(8));
+        assert_eq!(network.control_queue(1 << 17, &config), Some(2));
+        assert_eq!(network.control_queue(1 << 22, &config), None);
+        assert_eq!(network.control_queue(1 << 17 | 1 << 22, &[0xff; 24]), Some(0xffff));
+        assert_eq!(Kind::Console.control_queue(u64::MAX, &config), None);
     }
 
     #[test]

@@ -15,8 +15,10 @@
 )]
 
 mod channel;
+mod control;
 mod keeper;
 mod kind;
+mod relay;
 mod session;
 pub(crate) mod setup;
 mod watchdog;
@@ -167,6 +169,13 @@ impl FrontEnd {
         Description { features, queue_count, queue_size: self.shared.queue_size }
     }
 
+    /// The queue of a driver with these features that is a network's control queue.
+    pub(crate) fn control_queue(&self, features: u64) -> Option<u16> {
+        let state = self.shared.state();
+        let config = state.offer.as_ref().map_or(&[][..], |offer| &offer.config);
+        self.shared.kind.control_queue(features, config)
+    }
+
     /// Has the driver's rings served, now and by every daemon that comes, until [`FrontEnd::stop`].
     pub(crate) fn start(&self, setup: Setup) {
         self.shared.state().wanted = Some(Arc::new(setup));
@@ -292,6 +301,11 @@ impl Shared {
         if let Err(error) = rustix::io::write(&self.wake, &1u64.to_ne_bytes()) {
             debug!(device = self.name, %error, "its thread has not looked for long");
         }
+    }
+
+    /// It has been woken.
+    fn take_wake(&self) {
+        let _not_woken = rustix::io::read(&self.wake, &mut [0; 8]);
     }
 
     fn wait(&self, limit: Duration, is_so: impl Fn(&State) -> bool) -> bool {

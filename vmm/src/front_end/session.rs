@@ -14,6 +14,7 @@
 )]
 
 use std::fs::File;
+use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
@@ -30,6 +31,7 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryMmap};
 
 use super::channel::Channel;
 use super::kind::Kind;
+use super::relay::{self, Relay};
 use super::setup::{RingSetup, Setup};
 use super::watchdog::Watchdog;
 
@@ -80,6 +82,10 @@ pub(crate) enum Error {
     LacksQueue { index: u16, count: u16 },
     #[error("the daemon wants {0} bytes for its record of requests in flight")]
     Inflight(u64),
+    #[error("waiting for the daemon")]
+    Wait(#[source] io::Error),
+    #[error("the control queue")]
+    Relay(#[from] relay::Error),
     #[error("guest memory is not shared as a file")]
     Memory(#[source] vhost::Error),
 }
@@ -226,6 +232,7 @@ impl Session {
         &mut self,
         setup: &Setup,
         memory: &GuestMemoryMmap,
+        relay: Option<&Relay>,
         inflight: &mut Option<Inflight>,
     ) -> Result<(), Error> {
         // What this process offers by itself is not the daemon's to know.
@@ -235,19 +242,24 @@ impl Session {
             return Err(Error::Lacks { wanted: features, missing });
         }
         let count = self.queue_count;
-        if let Some(ring) = setup.rings.iter().find(|ring| ring.index >= count) {
+        let own = relay.map(Relay::ring);
+        let rings = || setup.rings.iter().chain(own);
+        if let Some(ring) = rings().find(|ring| ring.index >= count) {
             return Err(Error::LacksQueue { index: ring.index, count });
         }
         let takes_over = setup.begin();
         let features = features | PROTOCOL_FEATURES_BIT;
         self.say("SET_FEATURES", |front_end| front_end.set_features(features))?;
         self.share_inflight(setup, inflight)?;
-        self.share_memory(memory)?;
+        self.share_memory(memory, relay)?;
+        if let Some(ring) = own {
+            self.start_ring(ring, 0)?;
+        }
         for ring in &setup.rings {
             let base = if takes_over { ring.used_index(memory) } else { 0 };
             self.start_ring(ring, base)?;
         }
-        for ring in &setup.rings {
+        for ring in rings() {
             let index = usize::from(ring.index);
             self.say("SET_VRING_ENABLE", |front_end| front_end.set_vring_enable(index, true))?;
             // What the driver has made available, and what a predecessor has used, may not have been told of. The
@@ -310,15 +322,21 @@ impl Session {
         })
     }
 
-    fn share_memory(&mut self, memory: &GuestMemoryMmap) -> Result<(), Error> {
-        let regions = memory.iter().map(VhostUserMemoryRegionInfo::from_guest_region);
+    fn share_memory(
+        &mut self,
+        memory: &GuestMemoryMmap,
+        relay: Option<&Relay>,
+    ) -> Result<(), Error> {
+        let own = relay.into_iter().flat_map(|relay| relay.memory().iter());
+        let regions = memory.iter().chain(own).map(VhostUserMemoryRegionInfo::from_guest_region);
         let regions = regions.collect::<Result<Vec<_>, _>>().map_err(Error::Memory)?;
         self.say("SET_MEM_TABLE", |front_end| front_end.set_mem_table(&regions)).map(drop)
     }
 
     /// Has the daemon let go of the driver's rings: when this has returned, it touches them no more.
     pub(crate) fn stop(&mut self, setup: &Setup) -> Result<(), Error> {
-        for ring in &setup.rings {
+        // The control queue has the same index, whoever's ring it is.
+        for ring in setup.rings.iter().chain(&setup.control) {
             let index = usize::from(ring.index);
             self.say("SET_VRING_ENABLE", |front_end| front_end.set_vring_enable(index, false))?;
             self.say("GET_VRING_BASE", |front_end| front_end.get_vring_base(index))?;

@@ -51,8 +51,8 @@ pub(crate) struct RingSetup {
     pub(crate) size: u16,
     /// Addresses in this process of the descriptor table, the available and the used ring.
     pub(crate) addresses: [u64; 3],
-    /// The used ring's place in guest memory.
-    used: GuestAddress,
+    /// Where these are in guest memory.
+    pub(crate) places: [u64; 3],
     pub(crate) kick: Arc<EventFd>,
     pub(crate) call: Arc<EventFd>,
 }
@@ -80,20 +80,16 @@ impl RingSetup {
                 .map_err(|source| Error::NoMemory { index, area, at, len, source })?;
             *address = slice.ptr_guard().as_ptr().addr() as u64;
         }
-        let used = GuestAddress(queue.device);
-        Ok(Self { index, size: queue.size, addresses, used, kick, call })
+        Ok(Self { index, size: queue.size, addresses, places, kick, call })
     }
 
     /// The used ring's index: where a daemon goes on that knows nothing of its predecessor.
     pub(crate) fn used_index(&self, memory: &GuestMemoryMmap) -> u16 {
-        // The predecessor's stores are over: its end, or our last message to it, has come since.
-        self.index_at(memory, self.used)
-    }
-
-    fn index_at(&self, memory: &GuestMemoryMmap, ring: GuestAddress) -> u16 {
-        let at = GuestAddress(ring.0.saturating_add(2));
-        // The area was checked, so the fallback is never taken.
-        memory.load::<u16>(at, Ordering::Acquire).map_or(0, u16::from_le)
+        let [_, _, used] = self.places;
+        // The predecessor's stores are over: its end, or our last message to it, has come since. The area was checked, so
+        // the fallback is never taken.
+        let index = memory.load::<u16>(GuestAddress(used.saturating_add(2)), Ordering::Acquire);
+        index.map_or(0, u16::from_le)
     }
 }
 
@@ -103,13 +99,18 @@ pub(crate) struct Setup {
     pub(crate) features: u64,
     /// The enabled queues, by their index.
     pub(crate) rings: Vec<RingSetup>,
+    /// A network's control queue, which is not among them: this process serves it.
+    pub(crate) control: Option<RingSetup>,
     /// A daemon has been told of it: the rings may be anywhere.
     has_run: AtomicBool,
 }
 
 impl Setup {
-    pub(crate) fn new(features: u64, rings: Vec<RingSetup>) -> Self {
-        Self { features, rings, has_run: AtomicBool::new(false) }
+    /// What a driver has set up; the queue of index `control` is its control queue.
+    pub(crate) fn new(features: u64, mut rings: Vec<RingSetup>, control: Option<u16>) -> Self {
+        let at = rings.iter().position(|ring| Some(ring.index) == control);
+        let control = at.map(|at| rings.remove(at));
+        Self { features, rings, control, has_run: AtomicBool::new(false) }
     }
 
     /// Says that a daemon is about to be told, and whether another was told before.

@@ -280,7 +280,8 @@ impl Function {
                 rings.push(RingSetup::new(&self.memory, index, queue, eventfds)?);
             }
         }
-        Ok(Setup::new(state.common.features(), rings))
+        let features = state.common.features();
+        Ok(Setup::new(features, rings, self.front_end.control_queue(features)))
     }
 
     /// Has the notification addresses be eventfds where the BAR is now.

@@ -274,32 +274,67 @@ fn killed_network_hands_frames_over_again_when_another_is_there() {
     }
 }
 
+/// Commands to a network of four pairs: how many are used, and what the answer was.
+fn set_pairs(guest: &Guest, control: &mut Queue<'_>, pairs: u8, at: u64) {
+    // Class MQ, command VQ_PAIRS_SET; then room for the answer.
+    guest.memory.write_slice(&[4, 0, pairs, 0, 0xff], GuestAddress(at)).expect("memory");
+    control.submit(0, &[Buffer::Readable(at, 4), Buffer::Writable(at + 4, 1)]);
+    control.notify();
+}
+
+fn pairs_are_set(guest: &Guest, control: &mut Queue<'_>, at: u64) {
+    assert_eq!(control.wait_used(), (0, 1));
+    assert_eq!(guest.memory.read_obj::<u8>(GuestAddress(at + 4)).expect("memory"), 0, "OK");
+}
+
 #[test]
-fn network_of_four_pairs_obeys_its_control_queue() {
+fn network_of_four_pairs_obeys_its_control_queue_and_so_does_the_next_daemon() {
     const PAIRS: u16 = 4;
     let directory = temp_dir();
     let socket = directory.path().join("socket");
-    let command = DaemonCommand::network("null=128").argument("--queue-pairs").argument("4");
-    let _daemon = command.socket(&socket).start();
+    let serve = || {
+        let command = DaemonCommand::network("null=128").argument("--queue-pairs").argument("4");
+        command.socket(&socket).start()
+    };
+    let mut daemon = serve();
     let guest = Guest::new(vec![device(Kind::Network(None), &socket)], quick());
-    let driver = Driver::probe(&guest, 1);
-    let features = driver.negotiate(VERSION_1 | 1 << 17 | 1 << 22);
-    assert_eq!(features, VERSION_1 | 1 << 17 | 1 << 22, "a control queue and several pairs");
-    assert_eq!(u16::from_le_bytes(driver.device_config(8)), PAIRS);
-    let mut queues: Vec<_> = (0..=2 * PAIRS).map(|index| driver.queue(index, 16)).collect();
-    driver.go();
-    let at = guest.allocate(4096);
-    // Class MQ, command VQ_PAIRS_SET, four of them; then room for the answer.
-    guest.memory.write_slice(&[4, 0, 4, 0, 0xff], GuestAddress(at)).expect("memory");
-    let control = queues.last_mut().expect("a control queue");
-    control.submit(0, &[Buffer::Readable(at, 4), Buffer::Writable(at + 4, 1)]);
-    control.notify();
-    assert_eq!(control.wait_used(), (0, 1));
-    assert_eq!(guest.memory.read_obj::<u8>(GuestAddress(at + 4)).expect("memory"), 0, "OK");
-    let receive = &mut queues[2 * 3];
-    receive.submit(0, &[Buffer::Writable(at + 1024, 2048)]);
-    receive.notify();
-    assert_eq!(receive.wait_used().1, 12 + 128, "the fourth pair receives");
+    for features in [VERSION_1, VERSION_1 | EVENT_IDX] {
+        let driver = Driver::probe(&guest, 1);
+        let accepted = driver.negotiate(features | 1 << 17 | 1 << 22);
+        assert_eq!(accepted, features | 1 << 17 | 1 << 22, "a control queue and several pairs");
+        assert_eq!(u16::from_le_bytes(driver.device_config(8)), PAIRS);
+        let mut queues: Vec<_> = (0..=2 * PAIRS).map(|index| driver.queue(index, 16)).collect();
+        driver.go();
+        let at = guest.allocate(8192);
+        let mut control = queues.pop().expect("a control queue");
+        let mut receive = queues.remove(2 * 3);
+        receive.submit(0, &[Buffer::Writable(at + 1024, 2048)]);
+        receive.notify();
+        set_pairs(&guest, &mut control, 4, at);
+        pairs_are_set(&guest, &mut control, at);
+        assert_eq!(receive.wait_used().1, 12 + 128, "the fourth pair receives");
+        for _ in 0..3 {
+            daemon.signal(Signal::KILL);
+            drop(daemon);
+            receive.submit(0, &[Buffer::Writable(at + 1024, 2048)]);
+            receive.notify();
+            daemon = serve();
+            assert_eq!(receive.wait_used().1, 12 + 128, "it still does");
+        }
+        // A command while nobody is there is answered by the next daemon.
+        daemon.signal(Signal::KILL);
+        drop(daemon);
+        set_pairs(&guest, &mut control, 2, at);
+        daemon = serve();
+        pairs_are_set(&guest, &mut control, at);
+        // What is no command is answered as an error.
+        control.submit(0, &[Buffer::Readable(at, 1), Buffer::Writable(at + 4, 1)]);
+        control.notify();
+        assert_eq!(control.wait_used(), (0, 1));
+        assert_eq!(guest.memory.read_obj::<u8>(GuestAddress(at + 4)).expect("memory"), 1);
+        driver.reset();
+    }
+    drop(daemon);
 }
 
 #[test]
