@@ -35,6 +35,7 @@ const UNSAFE_HOMES: &[&str] = &[
     "common/src/protocol/connection.rs",
     "vhost-net/src/backend/descriptor.rs",
     "vhost-console/src/watch.rs",
+    "vmm/src/front_end/channel.rs",
     "vmm/src/memory.rs",
     "tests/frontend/src/memory.rs",
     "tests/bench/stock/src/disk.rs",
@@ -62,9 +63,17 @@ const PARSERS: &[&str] = &[
     "vhost-console/src/attach/escape.rs",
     "vhost-console/src/attach/operator.rs",
     "vmm/src/bus.rs",
+    "vmm/src/front_end/keeper.rs",
+    "vmm/src/front_end/session.rs",
+    "vmm/src/front_end/setup.rs",
+    "vmm/src/interrupts.rs",
     "vmm/src/loader.rs",
+    "vmm/src/pci/config.rs",
+    "vmm/src/pci/msix.rs",
     "vmm/src/power.rs",
     "vmm/src/serial.rs",
+    "vmm/src/virtio/common.rs",
+    "vmm/src/virtio/transport.rs",
 ];
 
 /// The lints that a parsing module denies.

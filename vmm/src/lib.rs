@@ -10,13 +10,22 @@ mod args;
 mod bus;
 mod control;
 mod cpu;
+// Used by the machine as soon as it has devices.
+#[allow(dead_code)]
+mod front_end;
+#[allow(dead_code)]
+mod interrupts;
 mod layout;
 mod loader;
 mod machine;
 mod memory;
+#[allow(dead_code)]
+mod pci;
 mod power;
 mod serial;
 mod vcpu;
+#[allow(dead_code)]
+mod virtio;
 
 use std::error::Error;
 use std::ffi::OsString;

@@ -1,0 +1,119 @@
+//! What a driver has set up, checked, as a daemon is told of it.
+//!
+//! Contract: the areas of a [`RingSetup`] lie in guest memory, each in one region, aligned as the specification wants them.
+
+#![deny(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::arithmetic_side_effects,
+    clippy::panic
+)]
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use thiserror::Error;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::virtio::common::Queue;
+
+/// Bytes of a descriptor, of an entry of the available and of the used ring.
+const ENTRY_BYTES: [usize; 3] = [16, 2, 8];
+/// Bytes of an area beside its entries: flags, index and event index of the rings.
+const OTHER_BYTES: [usize; 3] = [0, 6, 6];
+/// VIRTIO 1.3, 2.7: the areas are aligned so.
+const ALIGN: [u64; 3] = [16, 2, 4];
+const AREAS: [&str; 3] = ["descriptor table", "available ring", "used ring"];
+
+/// Why a driver's queue cannot be served.
+#[derive(Debug, Error)]
+pub(crate) enum Error {
+    #[error("the {area} of queue {index} is at {at:#x}, which is no multiple of {align}")]
+    Misaligned { index: u16, area: &'static str, at: u64, align: u64 },
+    #[error(
+        "the {area} of queue {index} is at {at:#x}, where guest memory has no {len} bytes in a row"
+    )]
+    NoMemory {
+        index: u16,
+        area: &'static str,
+        at: u64,
+        len: usize,
+        #[source]
+        source: vm_memory::GuestMemoryError,
+    },
+}
+
+/// A queue that the driver has enabled.
+pub(crate) struct RingSetup {
+    pub(crate) index: u16,
+    pub(crate) size: u16,
+    /// Addresses in this process of the descriptor table, the available and the used ring.
+    pub(crate) addresses: [u64; 3],
+    /// The used ring's place in guest memory.
+    used: GuestAddress,
+    pub(crate) kick: Arc<EventFd>,
+    pub(crate) call: Arc<EventFd>,
+}
+
+impl RingSetup {
+    /// Checks a queue. The eventfds are the vring's kick and call.
+    pub(crate) fn new(
+        memory: &GuestMemoryMmap,
+        index: u16,
+        queue: &Queue,
+        (kick, call): (Arc<EventFd>, Arc<EventFd>),
+    ) -> Result<Self, Error> {
+        let places = [queue.descriptors, queue.driver, queue.device];
+        let mut addresses = [0; 3];
+        let areas = AREAS.into_iter().zip(ALIGN).zip(ENTRY_BYTES.into_iter().zip(OTHER_BYTES));
+        for ((at, address), ((area, align), (entry, other))) in
+            places.into_iter().zip(&mut addresses).zip(areas)
+        {
+            if !at.is_multiple_of(align) {
+                return Err(Error::Misaligned { index, area, at, align });
+            }
+            let len = usize::from(queue.size).saturating_mul(entry).saturating_add(other);
+            let slice = memory
+                .get_slice(GuestAddress(at), len)
+                .map_err(|source| Error::NoMemory { index, area, at, len, source })?;
+            *address = slice.ptr_guard().as_ptr().addr() as u64;
+        }
+        let used = GuestAddress(queue.device);
+        Ok(Self { index, size: queue.size, addresses, used, kick, call })
+    }
+
+    /// The used ring's index: where a daemon goes on that knows nothing of its predecessor.
+    pub(crate) fn used_index(&self, memory: &GuestMemoryMmap) -> u16 {
+        // The predecessor's stores are over: its end, or our last message to it, has come since.
+        self.index_at(memory, self.used)
+    }
+
+    fn index_at(&self, memory: &GuestMemoryMmap, ring: GuestAddress) -> u16 {
+        let at = GuestAddress(ring.0.saturating_add(2));
+        // The area was checked, so the fallback is never taken.
+        memory.load::<u16>(at, Ordering::Acquire).map_or(0, u16::from_le)
+    }
+}
+
+/// All that a daemon needs in order to serve the driver.
+pub(crate) struct Setup {
+    /// The features that the driver has accepted.
+    pub(crate) features: u64,
+    /// The enabled queues, by their index.
+    pub(crate) rings: Vec<RingSetup>,
+    /// A daemon has been told of it: the rings may be anywhere.
+    has_run: AtomicBool,
+}
+
+impl Setup {
+    pub(crate) fn new(features: u64, rings: Vec<RingSetup>) -> Self {
+        Self { features, rings, has_run: AtomicBool::new(false) }
+    }
+
+    /// Says that a daemon is about to be told, and whether another was told before.
+    pub(crate) fn begin(&self) -> bool {
+        self.has_run.swap(true, Ordering::Relaxed)
+    }
+}
