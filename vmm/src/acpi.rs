@@ -19,7 +19,7 @@ use acpi_tables::{Aml, aml};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
 
 use crate::layout::{
-    ECAM, IOAPIC, LEGACY_HOLE, LOCAL_APIC, PCI_WINDOW, POWER_IRQ, POWER_PORTS, RSDP, SERIAL_IRQ,
+    ECAM, IOAPIC, LOCAL_APIC, PCI_WINDOW, POWER_IRQ, POWER_PORTS, RESET_VECTOR, RSDP, SERIAL_IRQ,
     SERIAL_PORTS, pci_window_64,
 };
 use crate::power::{RESET, RESET_VALUE, S5, SLEEP_CONTROL, SLEEP_STATUS};
@@ -63,7 +63,7 @@ fn tables(vcpu_count: u8, memory_end: u64) -> Vec<(u64, Vec<u8>)> {
     xsdt.add_entry(place(mcfg()));
     let xsdt = place(bytes_of(&xsdt));
     placed.insert(0, (RSDP, bytes_of(&Rsdp::new(OEM, xsdt))));
-    assert!(next <= LEGACY_HOLE.end, "a table for each of at most 255 processors is small");
+    assert!(next <= RESET_VECTOR, "a table for each of at most 255 processors is small");
     placed
 }
 

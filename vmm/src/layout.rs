@@ -15,6 +15,9 @@ pub(crate) const LEGACY_HOLE: Range<u64> = 0x000A_0000..0x0010_0000;
 /// Where firmware for PCs leaves the root of ACPI's tables (ACPI 6.5, 5.2.5.1: 0xE0000 to 0xFFFFF, 16-byte boundaries).
 pub(crate) const RSDP: u64 = 0x000E_0000;
 
+/// Where a processor begins that is reset, as a PC's firmware sees it: F000:FFF0.
+pub(crate) const RESET_VECTOR: u64 = 0x000F_FFF0;
+
 /// The first processor's descriptor table.
 pub(crate) const GDT: u64 = 0x500;
 /// Page tables of a kernel that is entered in 64-bit mode.

@@ -26,7 +26,7 @@ use crate::cpu::{self, PowerOn};
 use crate::layout::{I8042_PORTS, KVM_IDENTITY_MAP, KVM_TSS, POWER_IRQ, POWER_PORTS, SERIAL_PORTS};
 use crate::loader::{self, Images};
 use crate::memory::{self, Memory, errno, ranges_of};
-use crate::power::{KeyboardController, Outcome, Power, SleepAndReset};
+use crate::power::{KeyboardController, Outcome, Power, SleepAndReset, install_firmware};
 use crate::serial::{self, Com1};
 use crate::vcpu::{Crew, Exits, Processor, Surroundings};
 
@@ -68,8 +68,8 @@ pub(crate) enum Error {
     Cpu(#[from] cpu::Error),
     #[error(transparent)]
     Serial(#[from] serial::Error),
-    #[error("cannot write ACPI's tables")]
-    Acpi(#[source] GuestMemoryError),
+    #[error("cannot write tables and firmware")]
+    Tables(#[source] GuestMemoryError),
     #[error("two devices are in the same place")]
     Bus(#[from] Overlap),
     #[error("cannot {action}")]
@@ -167,7 +167,8 @@ impl Machine {
         let entry = loader::load(memory, &images)
             .map_err(|source| Error::Load { kernel: self.options.kernel.clone(), source })?;
         let end = ranges_of(self.options.memory_bytes).last().map_or(0, |(start, len)| start + len);
-        acpi::write(memory, self.options.vcpu_count, end).map_err(Error::Acpi)?;
+        acpi::write(memory, self.options.vcpu_count, end).map_err(Error::Tables)?;
+        install_firmware(memory).map_err(Error::Tables)?;
         for processor in &self.processors {
             processor.power_on.restore(&processor.fd)?;
             if processor.index == 0 {

@@ -4,6 +4,9 @@
 //! registers are ACPI's sleep control and reset, and the one command of a keyboard controller that resets. A power button
 //! is pressed by an interrupt; what to do about it is in ACPI's tables and up to the guest.
 //!
+//! Kernels for reduced hardware restart by EFI. Where there is none, Linux jumps to where firmware begins, in real mode:
+//! [`install_firmware`] is all of ours.
+//!
 //! What it deliberately does not do: sleep. The only sleep that is offered is S5, power off.
 
 #![deny(
@@ -19,8 +22,10 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::event::{EventfdFlags, eventfd};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryMmap};
 
 use crate::bus::Region;
+use crate::layout::RESET_VECTOR;
 
 /// The sleep type of S5 (power off), as the tables name it.
 pub(crate) const S5: u8 = 5;
@@ -37,6 +42,14 @@ const SLEEP_ENABLE: u8 = 1 << 5;
 /// The keyboard controller's command port, and the command that pulses the processor's reset line.
 const COMMAND: u64 = 4;
 const PULSE_RESET: u8 = 0xFE;
+
+/// Firmware: `mov al, RESET_VALUE; mov dx, POWER_PORTS.start + RESET; out dx, al; cli; hlt; jmp` to the `hlt`.
+const FIRMWARE: [u8; 10] = [0xB0, RESET_VALUE, 0xBA, 0x02, 0x06, 0xEE, 0xFA, 0xF4, 0xEB, 0xFD];
+
+/// Has a jump to the reset vector reset the machine.
+pub(crate) fn install_firmware(memory: &GuestMemoryMmap) -> Result<(), GuestMemoryError> {
+    memory.write_slice(&FIRMWARE, GuestAddress(RESET_VECTOR))
+}
 
 /// How a run of the machine ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -153,6 +166,13 @@ mod tests {
         );
         assert_eq!(outcome_of(|_, keyboard| keyboard.write(0, &[PULSE_RESET])), None);
         assert_eq!(outcome_of(|_, keyboard| keyboard.write(COMMAND, &[0x20])), None);
+    }
+
+    #[test]
+    fn the_firmware_writes_to_the_reset_register() {
+        let port = (crate::layout::POWER_PORTS.start + RESET) as u16;
+        assert_eq!(FIRMWARE[3..5], port.to_le_bytes());
+        assert!(RESET_VECTOR + (FIRMWARE.len() as u64) <= crate::layout::LEGACY_HOLE.end);
     }
 
     #[test]
