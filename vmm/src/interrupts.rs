@@ -1,8 +1,10 @@
 //! Message-signalled interrupts of the guest, and the eventfds that are its doorbells: all of KVM that a device needs.
 //!
-//! Contract: a [`Vector`] is an eventfd for life. Whoever writes to it interrupts the guest as the message says that the
-//! vector is routed to, without this process waking up; while it is routed nowhere (masked), what is written stays in
-//! the eventfd, which is its pending bit, and is delivered when it is routed again. The routes of the I/O APIC and the
+//! Contract: a [`Vector`] is two eventfds for life, one for the daemon and one for this process ([`Call`]). Whoever writes
+//! to one interrupts the guest as the message says that the vector is routed to, without this process waking up; while it
+//! is routed nowhere (masked), what is written stays in the eventfd, which is its pending bit, and is delivered when it is
+//! routed again. An eventfd that a daemon has is neither read nor written here: the daemon can make it one that waits.
+//! So what was pending once may be delivered twice, which interrupts are free to be. The routes of the I/O APIC and the
 //! two PICs are as KVM has them by itself. Deliberately absent: INTx.
 
 #![deny(
@@ -15,7 +17,9 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use kvm_bindings::{
     KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KvmIrqRouting,
@@ -24,6 +28,8 @@ use kvm_bindings::{
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
 use thiserror::Error;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use crate::readiness::wait_for;
 
 /// Interrupt lines of the I/O APIC; the first 16 are those of the two PICs, too.
 const IOAPIC_LINES: u32 = 24;
@@ -145,7 +151,7 @@ impl Interrupts {
             return Err(Error::TooMany);
         }
         table.next_gsi = gsi.saturating_add(1);
-        let call = Arc::new(EventFd::new(EFD_NONBLOCK).map_err(Error::EventFd)?);
+        let call = Call::new().map_err(Error::EventFd)?;
         Ok(Vector { interrupts: Arc::clone(self), gsi, call, routed_to: Mutex::new(None) })
     }
 
@@ -162,17 +168,39 @@ impl Interrupts {
     }
 }
 
+/// What interrupts the guest when it is written to.
+#[derive(Clone)]
+pub(crate) struct Call {
+    /// The daemon's: a vring's call.
+    pub(crate) theirs: Arc<EventFd>,
+    /// Ours, which no other process has: writing to it never waits.
+    pub(crate) ours: Arc<EventFd>,
+}
+
+impl Call {
+    pub(crate) fn new() -> io::Result<Self> {
+        let eventfd = || EventFd::new(EFD_NONBLOCK).map(Arc::new);
+        Ok(Self { theirs: eventfd()?, ours: eventfd()? })
+    }
+
+    /// Interrupts the guest.
+    pub(crate) fn raise(&self) {
+        // It is full only if nobody has taken what was written before: that interrupts, too.
+        let _full = self.ours.write(1);
+    }
+}
+
 /// One vector of a device.
 pub(crate) struct Vector {
     interrupts: Arc<Interrupts>,
     gsi: u32,
-    call: Arc<EventFd>,
+    call: Call,
     routed_to: Mutex<Option<Message>>,
 }
 
 impl Vector {
-    /// What is written to in order to interrupt: a vring's call.
-    pub(crate) fn call(&self) -> &Arc<EventFd> {
+    /// What is written to in order to interrupt.
+    pub(crate) fn call(&self) -> &Call {
         &self.call
     }
 
@@ -182,16 +210,20 @@ impl Vector {
         let vm = &self.interrupts.vm;
         match (*routed_to, message) {
             (was, is) if was == is => return Ok(()),
-            (Some(_), None) => vm.detach_call(&self.call, self.gsi)?,
+            (Some(_), None) => {
+                vm.detach_call(&self.call.theirs, self.gsi)?;
+                vm.detach_call(&self.call.ours, self.gsi)?;
+            }
             (Some(_), Some(message)) => self.interrupts.set_message(self.gsi, message)?,
             (None, Some(message)) => {
                 self.interrupts.set_message(self.gsi, message)?;
-                // KVM leaves the count as it is if it attaches an eventfd that has one. So what is pending is taken
-                // out first, and written again when there is somebody who takes it.
-                let is_pending = self.call.read().is_ok();
-                vm.attach_call(&self.call, self.gsi)?;
+                // KVM looks at an eventfd that it attaches, delivers what is in it, and leaves it there. Out of ours it
+                // is taken first, and written again when there is somebody who takes it.
+                let is_pending = self.call.ours.read().is_ok();
+                vm.attach_call(&self.call.theirs, self.gsi)?;
+                vm.attach_call(&self.call.ours, self.gsi)?;
                 if is_pending {
-                    self.call.write(1)?;
+                    self.call.raise();
                 }
             }
             (None, None) => {}
@@ -206,16 +238,13 @@ impl Vector {
         if routed_to.is_some() {
             return false;
         }
-        match self.call.read() {
-            // One that comes in between is added to it.
-            Ok(_) => self.call.write(1).is_ok(),
-            Err(_) => false,
-        }
+        let both = [&self.call.theirs, &self.call.ours].map(|call| Some(call.as_raw_fd()));
+        wait_for(both, Some(Duration::ZERO)).is_ok_and(|ready| ready.contains(&true))
     }
 
-    /// Forgets what is pending: the device has been reset.
+    /// Forgets what is pending of ours: the device has been reset.
     pub(crate) fn clear(&self) {
-        let _nothing_pending = self.call.read();
+        let _nothing_pending = self.call.ours.read();
     }
 
     fn routed_to(&self) -> MutexGuard<'_, Option<Message>> {
@@ -251,7 +280,7 @@ pub(crate) mod fake {
     pub(crate) struct FakeState {
         pub(crate) messages: BTreeMap<u32, Message>,
         /// Vectors that are attached.
-        pub(crate) calls: BTreeMap<u32, EventFd>,
+        pub(crate) calls: BTreeMap<u32, Vec<EventFd>>,
         /// What is kicked by a write to an address.
         pub(crate) kicks: BTreeMap<u64, EventFd>,
         /// How often the routes were replaced.
@@ -268,14 +297,19 @@ pub(crate) mod fake {
 
         fn attach_call(&self, call: &EventFd, gsi: u32) -> io::Result<()> {
             let mut state = self.state.lock().expect("no test panics with it");
-            let before = state.calls.insert(gsi, call.try_clone()?);
-            assert!(before.is_none(), "{gsi} is attached already");
+            let calls = state.calls.entry(gsi).or_default();
+            calls.push(call.try_clone()?);
+            assert!(calls.len() <= 2, "{gsi} is attached already");
             Ok(())
         }
 
         fn detach_call(&self, _call: &EventFd, gsi: u32) -> io::Result<()> {
             let mut state = self.state.lock().expect("no test panics with it");
-            assert!(state.calls.remove(&gsi).is_some(), "{gsi} is not attached");
+            let calls = state.calls.get_mut(&gsi).expect("it is attached");
+            calls.pop();
+            if calls.is_empty() {
+                state.calls.remove(&gsi);
+            }
             Ok(())
         }
 
@@ -300,6 +334,7 @@ mod tests {
     use std::sync::Arc;
 
     use kvm_ioctls::Kvm;
+    use vmm_sys_util::eventfd::EventFd;
 
     use super::fake::FakeVm;
     use super::{FIRST_GSI, GSI_LIMIT, Interrupts, Message, Vm};
@@ -317,15 +352,28 @@ mod tests {
         let (vm, interrupts) = fake();
         let vector = interrupts.vector().expect("a vector");
         assert!(!vector.is_pending());
-        vector.call().write(3).expect("written");
+        vector.call().ours.write(3).expect("written");
         assert!(vector.is_pending());
         assert!(vector.is_pending(), "asking does not take it away");
         vector.route(Some(MESSAGE)).expect("routed");
         assert!(!vector.is_pending(), "it is KVM's now");
-        assert_eq!(vector.call().read().ok(), Some(1), "written once, with KVM attached");
+        assert_eq!(vector.call().ours.read().ok(), Some(1), "written once, with KVM attached");
         let state = vm.state.lock().expect("whole");
         assert_eq!(state.messages.get(&FIRST_GSI), Some(&MESSAGE));
         assert!(state.calls.contains_key(&FIRST_GSI));
+    }
+
+    #[test]
+    fn eventfd_that_a_daemon_has_made_one_that_waits_is_waited_for_by_nobody() {
+        let (_vm, interrupts) = fake();
+        let mut vector = interrupts.vector().expect("a vector");
+        vector.call.theirs = Arc::new(EventFd::new(0).expect("an eventfd"));
+        assert!(!vector.is_pending());
+        vector.route(Some(MESSAGE)).expect("routed");
+        vector.route(None).expect("masked");
+        vector.clear();
+        vector.call().theirs.write(1).expect("written");
+        assert!(vector.is_pending());
     }
 
     #[test]
@@ -365,9 +413,9 @@ mod tests {
         let vector = interrupts.vector().expect("a vector");
         vector.route(Some(MESSAGE)).expect("routed");
         vector.route(Some(Message { data: 9, ..MESSAGE })).expect("routed elsewhere");
-        vector.call().write(1).expect("written");
+        vector.call().theirs.write(1).expect("written");
         vector.route(None).expect("masked");
-        vm.attach_kick(vector.call(), 0xd000_3000).expect("attached");
-        vm.detach_kick(vector.call(), 0xd000_3000).expect("detached");
+        vm.attach_kick(&vector.call().theirs, 0xd000_3000).expect("attached");
+        vm.detach_kick(&vector.call().theirs, 0xd000_3000).expect("detached");
     }
 }

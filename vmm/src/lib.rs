@@ -22,6 +22,7 @@ mod memory;
 #[allow(dead_code)]
 mod pci;
 mod power;
+mod readiness;
 mod serial;
 mod vcpu;
 #[allow(dead_code)]

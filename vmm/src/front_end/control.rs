@@ -27,6 +27,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::relay::{COMMAND_BYTES_MAX, Error};
 use super::setup::RingSetup;
+use crate::interrupts::Call;
 
 const VIRTIO_F_EVENT_IDX: u64 = 1 << 29;
 
@@ -50,7 +51,7 @@ pub(super) struct Control {
     queue: Queue,
     memory: GuestMemoryMmap,
     kick: Arc<EventFd>,
-    call: Arc<EventFd>,
+    call: Call,
     carried_out: BTreeMap<Key, Vec<u8>>,
 }
 
@@ -72,7 +73,7 @@ impl Control {
         queue.set_used_ring_address(e, f);
         queue.set_event_idx(features & VIRTIO_F_EVENT_IDX != 0);
         queue.set_ready(true);
-        let (kick, call) = (Arc::clone(&ring.kick), Arc::clone(&ring.call));
+        let (kick, call) = (Arc::clone(&ring.kick), ring.call.clone());
         Ok(Self { queue, memory, kick, call, carried_out: BTreeMap::new() })
     }
 
@@ -121,7 +122,7 @@ impl Control {
             let answered = answer_with(&self.memory, chain, answer);
             self.queue.add_used(&self.memory, head, answered)?;
             if self.queue.needs_notification(&self.memory)? {
-                let _full = self.call.write(1);
+                self.call.raise();
             }
             if let Some(command) = command.filter(|_| answer == VIRTIO_NET_OK) {
                 remember(&mut self.carried_out, command);

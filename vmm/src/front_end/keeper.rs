@@ -28,10 +28,11 @@ use vm_memory::GuestMemoryMmap;
 
 use super::Shared;
 use super::control::Control;
-use super::relay::{Relay, wait_for};
+use super::relay::Relay;
 use super::session::{Error, Inflight, Limits, Offer, Session};
 use super::setup::Setup;
 use super::watchdog::Watchdog;
+use crate::readiness::wait_for;
 
 /// Why there is no daemon.
 #[derive(Debug, Error)]
@@ -52,6 +53,7 @@ enum Task {
     Start(Arc<Setup>),
     Stop(Arc<Setup>),
     Write(u32, Vec<u8>),
+    Kick(u16),
     Wait,
 }
 
@@ -106,7 +108,8 @@ impl Keeper {
             // Those that come and go at once are waited for longer and longer.
             backoff = if begin.elapsed() > last { first } else { backoff };
             if self.rest(backoff) {
-                return;
+                self.shared.state().has_ended = true;
+                return self.shared.changed.notify_all();
             }
             backoff = backoff.saturating_mul(2).min(last);
         }
@@ -215,6 +218,14 @@ impl Keeper {
                     }
                     self.learn_config(session, false)?;
                 }
+                Task::Kick(index) => {
+                    let setup = running.iter();
+                    let mut rings =
+                        setup.flat_map(|setup| setup.rings.iter().chain(&setup.control));
+                    if let Some(ring) = rings.find(|ring| ring.index == index) {
+                        let _full = ring.kick.write(1);
+                    }
+                }
                 Task::Wait => {
                     if !self.wait(session, relay.as_mut())? {
                         info!(device = self.shared.name, "the daemon has hung up");
@@ -271,10 +282,10 @@ impl Keeper {
             }
             (None, None) => {}
         }
-        match state.writes.pop_front() {
-            Some((offset, bytes)) => Task::Write(offset, bytes),
-            None => Task::Wait,
+        if let Some((offset, bytes)) = state.writes.pop_front() {
+            return Task::Write(offset, bytes);
         }
+        state.kicks.pop_first().map_or(Task::Wait, Task::Kick)
     }
 
     /// Waits for something to do; says whether the daemon still is there.

@@ -23,7 +23,7 @@ mod session;
 pub(crate) mod setup;
 mod watchdog;
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::io;
 use std::net::Shutdown;
 use std::os::fd::OwnedFd;
@@ -37,7 +37,6 @@ use std::time::{Duration, Instant};
 use rustix::event::{EventfdFlags, eventfd};
 use tracing::debug;
 use vm_memory::GuestMemoryMmap;
-use vmm_sys_util::eventfd::EventFd;
 
 use self::keeper::Keeper;
 pub(crate) use self::kind::Kind;
@@ -45,10 +44,14 @@ pub(crate) use self::session::Limits;
 use self::session::Offer;
 use self::setup::Setup;
 pub(crate) use self::watchdog::Watchdog;
+use crate::interrupts::Call;
 
 /// Writes to the configuration space that wait for the daemon; what is more is lost. A driver waits for none of them, and
 /// makes them one by one: a console's emergency bytes are the most.
 const WRITES_MAX: usize = 256;
+
+/// How long the end of a front end may take. It waits for no daemon, so any will do.
+const END_LIMIT: Duration = Duration::from_secs(2);
 
 /// A device as the command line has it.
 #[derive(Clone, Debug)]
@@ -110,15 +113,18 @@ struct State {
     generation: u8,
     /// The configuration has changed since the driver has last asked.
     has_changed: bool,
-    config_call: Option<Arc<EventFd>>,
+    config_call: Option<Call>,
     /// What the driver wants to have served.
     wanted: Option<Arc<Setup>>,
     /// A daemon may be at work on rings.
     may_run: bool,
     writes: VecDeque<(u32, Vec<u8>)>,
+    /// Queues whose kicks have not gone by an eventfd of KVM.
+    kicks: BTreeSet<u16>,
     /// The connection that there is, or that is being made.
     socket: Option<Arc<UnixStream>>,
     is_over: bool,
+    has_ended: bool,
 }
 
 impl FrontEnd {
@@ -179,6 +185,12 @@ impl FrontEnd {
     /// Has the driver's rings served, now and by every daemon that comes, until [`FrontEnd::stop`].
     pub(crate) fn start(&self, setup: Setup) {
         self.shared.state().wanted = Some(Arc::new(setup));
+        self.shared.wake();
+    }
+
+    /// Kicks a queue for the driver.
+    pub(crate) fn kick(&self, index: u16) {
+        self.shared.state().kicks.insert(index);
         self.shared.wake();
     }
 
@@ -243,7 +255,7 @@ impl FrontEnd {
     }
 
     /// What is written to when the configuration changes.
-    pub(crate) fn set_config_call(&self, call: Option<Arc<EventFd>>) {
+    pub(crate) fn set_config_call(&self, call: Option<Call>) {
         self.shared.state().config_call = call;
     }
 
@@ -272,7 +284,10 @@ impl Drop for FrontEnd {
         }
         drop(state);
         self.shared.wake();
-        if let Some(thread) = self.thread.take() {
+        // A daemon can have it wait where it should not, by an eventfd that they share: nobody waits along.
+        if self.shared.wait(END_LIMIT, |state| state.has_ended)
+            && let Some(thread) = self.thread.take()
+        {
             let _ended = thread.join();
         }
     }
@@ -286,8 +301,7 @@ impl State {
     fn raise_config(&mut self) {
         self.has_changed = true;
         if let Some(call) = &self.config_call {
-            // It is full only if nobody has taken what was written before.
-            let _full = call.write(1);
+            call.raise();
         }
     }
 }

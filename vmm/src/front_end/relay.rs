@@ -14,7 +14,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
@@ -23,10 +23,11 @@ use std::time::{Duration, Instant};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use thiserror::Error;
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
-use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::setup::{self, RingSetup};
+use crate::interrupts::Call;
+use crate::readiness::wait_for;
 use crate::virtio::common::{Queue, VIRTIO_MSI_NO_VECTOR};
 
 /// Bytes of a command: a table of MAC addresses is the longest, and has room for 2,700 of them.
@@ -82,7 +83,8 @@ impl Relay {
         ftruncate(&file, MEMORY_BYTES as u64).map_err(resources)?;
         let range = (GuestAddress(BASE), MEMORY_BYTES, Some(FileOffset::new(File::from(file), 0)));
         let memory = GuestMemoryMmap::from_ranges_with_files([range]).map_err(Error::Map)?;
-        let eventfd = || EventFd::new(EFD_NONBLOCK).map(Arc::new).map_err(Error::Resources);
+        let kick = EventFd::new(EFD_NONBLOCK).map(Arc::new).map_err(Error::Resources)?;
+        let call = Call::new().map_err(Error::Resources)?;
         let queue = Queue {
             size: SIZE,
             vector: VIRTIO_MSI_NO_VECTOR,
@@ -91,7 +93,7 @@ impl Relay {
             driver: AVAILABLE,
             device: USED,
         };
-        let ring = RingSetup::new(&memory, index, &queue, (eventfd()?, eventfd()?))?;
+        let ring = RingSetup::new(&memory, index, &queue, (kick, call))?;
         Ok(Self { memory, ring, count: 0 })
     }
 
@@ -132,9 +134,9 @@ impl Relay {
         let begin = Instant::now();
         while self.ring.used_index(memory) != next {
             let left = limit.checked_sub(begin.elapsed()).ok_or(Error::Late)?;
-            let descriptors = [Some(self.ring.call.as_raw_fd()), Some(socket.as_raw_fd())];
+            let descriptors = [Some(self.ring.call.theirs.as_raw_fd()), Some(socket.as_raw_fd())];
             let [_, has_hung_up] = wait_for(descriptors, Some(left)).map_err(Error::Resources)?;
-            let _not_called = self.ring.call.read();
+            let _not_called = self.ring.call.theirs.read();
             if has_hung_up && self.ring.used_index(memory) != next {
                 return Err(Error::HungUp);
             }
@@ -149,37 +151,4 @@ impl Relay {
         let place = TABLE.saturating_add(u64::from(index).saturating_mul(16));
         Ok(self.memory.write_slice(&bytes, GuestAddress(place))?)
     }
-}
-
-/// Waits until one of the descriptors is readable or hung up, or the time is over; says which ones are.
-pub(super) fn wait_for<const N: usize>(
-    descriptors: [Option<RawFd>; N],
-    limit: Option<Duration>,
-) -> io::Result<[bool; N]> {
-    let epoll = Epoll::new()?;
-    for (descriptor, index) in descriptors.into_iter().zip(0u64..) {
-        if let Some(descriptor) = descriptor {
-            let event = EpollEvent::new(EventSet::IN | EventSet::READ_HANG_UP, index);
-            epoll.ctl(ControlOperation::Add, descriptor, event)?;
-        }
-    }
-    let limit_ms = match limit {
-        // Rounded up: less than a millisecond is no reason to turn round.
-        Some(limit) => i32::try_from(limit.as_millis().saturating_add(1)).unwrap_or(i32::MAX),
-        None => -1,
-    };
-    let mut events = [EpollEvent::default(); N];
-    let count = match epoll.wait(limit_ms, &mut events) {
-        Ok(count) => count,
-        Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
-        Err(error) => return Err(error),
-    };
-    let mut ready = [false; N];
-    for event in events.iter().take(count) {
-        let index = usize::try_from(event.data()).unwrap_or(usize::MAX);
-        if let Some(ready) = ready.get_mut(index) {
-            *ready = true;
-        }
-    }
-    Ok(ready)
 }

@@ -262,11 +262,11 @@ impl Session {
         for ring in rings() {
             let index = usize::from(ring.index);
             self.say("SET_VRING_ENABLE", |front_end| front_end.set_vring_enable(index, true))?;
-            // What the driver has made available, and what a predecessor has used, may not have been told of. The
-            // eventfds are full, or written to: either way they tell.
+            // What the driver has made available, and what a predecessor has used, may not have been told of. A kick that
+            // is full tells, too.
             let _full = ring.kick.write(1);
             if takes_over {
-                let _full = ring.call.write(1);
+                ring.call.raise();
             }
         }
         Ok(())
@@ -287,7 +287,7 @@ impl Session {
         self.say("SET_VRING_NUM", |front_end| front_end.set_vring_num(index, ring.size))?;
         self.say("SET_VRING_BASE", |front_end| front_end.set_vring_base(index, base))?;
         self.say("SET_VRING_ADDR", |front_end| front_end.set_vring_addr(index, &addresses))?;
-        self.say("SET_VRING_CALL", |front_end| front_end.set_vring_call(index, &ring.call))?;
+        self.say("SET_VRING_CALL", |front_end| front_end.set_vring_call(index, &ring.call.theirs))?;
         self.say("SET_VRING_KICK", |front_end| front_end.set_vring_kick(index, &ring.kick))
     }
 

@@ -17,6 +17,7 @@ use thiserror::Error;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::interrupts::Call;
 use crate::virtio::common::Queue;
 
 /// Bytes of a descriptor, of an entry of the available and of the used ring.
@@ -54,7 +55,7 @@ pub(crate) struct RingSetup {
     /// Where these are in guest memory.
     pub(crate) places: [u64; 3],
     pub(crate) kick: Arc<EventFd>,
-    pub(crate) call: Arc<EventFd>,
+    pub(crate) call: Call,
 }
 
 impl RingSetup {
@@ -63,7 +64,7 @@ impl RingSetup {
         memory: &GuestMemoryMmap,
         index: u16,
         queue: &Queue,
-        (kick, call): (Arc<EventFd>, Arc<EventFd>),
+        (kick, call): (Arc<EventFd>, Call),
     ) -> Result<Self, Error> {
         let places = [queue.descriptors, queue.driver, queue.device];
         let mut addresses = [0; 3];

@@ -12,12 +12,9 @@
     clippy::panic
 )]
 
-use std::sync::Arc;
-
 use tracing::warn;
-use vmm_sys_util::eventfd::EventFd;
 
-use crate::interrupts::{Message, Vector};
+use crate::interrupts::{Call, Message, Vector};
 
 /// Bytes of a table entry: message address (8), data (4), vector control (4).
 pub(crate) const ENTRY_BYTES: usize = 16;
@@ -77,7 +74,7 @@ impl Msix {
     }
 
     /// What to write to in order to raise a vector; `None`: there is no such vector.
-    pub(crate) fn call(&self, vector: u16) -> Option<&Arc<EventFd>> {
+    pub(crate) fn call(&self, vector: u16) -> Option<&Call> {
         Some(self.entries.get(usize::from(vector))?.vector.call())
     }
 
@@ -197,7 +194,7 @@ mod tests {
         let (vm, mut msix) = msix(10);
         msix.set_control(CONTROL_ENABLE);
         for vector in [0, 9] {
-            msix.call(vector).expect("there").write(1).expect("written");
+            msix.call(vector).expect("there").raise();
         }
         let mut pending = [0; 8];
         msix.read_pending(0, &mut pending);

@@ -24,7 +24,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::common::{COMMON_BYTES, Common, Effect};
 use crate::front_end::FrontEnd;
 use crate::front_end::setup::{RingSetup, Setup};
-use crate::interrupts::{self, Interrupts, Vm};
+use crate::interrupts::{self, Call, Interrupts, Vm};
 use crate::pci::config::{ConfigSpace, Identity};
 use crate::pci::msix::{ENTRY_BYTES, Msix, VECTORS_MAX};
 
@@ -88,7 +88,7 @@ pub(crate) struct Function {
     /// One for each queue.
     kicks: Vec<Arc<EventFd>>,
     /// The call of queues without a vector: nobody listens.
-    nobody: Arc<EventFd>,
+    nobody: Call,
     /// Where the capability is by which the BAR is reached through the configuration space.
     window_at: u64,
     /// Where MSI-X's capability is.
@@ -136,7 +136,7 @@ impl Function {
         let common = Common::new(description.features, queue_count, description.queue_size);
         let initial = config.clone();
         let state = Mutex::new(State { config, msix, common, mapped_at: None });
-        let nobody = eventfd()?;
+        let nobody = Call::new().map_err(Error::EventFd)?;
         Ok(Self { vm, memory, front_end, kicks, nobody, window_at, msix_at, initial, state })
     }
 
@@ -242,9 +242,8 @@ impl Function {
         } else if NOTIFY.contains(&offset) {
             // Through the configuration space, or while KVM has no eventfd there.
             let queue = offset.saturating_sub(NOTIFY.start) / NOTIFY_MULTIPLIER;
-            let kick = usize::try_from(queue).ok().and_then(|queue| self.kicks.get(queue));
-            if let Some(Err(error)) = kick.map(|kick| kick.write(1)) {
-                debug!(queue, %error, "a kick is lost");
+            if let Ok(queue) = u16::try_from(queue) {
+                self.front_end.kick(queue);
             }
         } else if TABLE.contains(&offset) {
             state.msix.write_table(offset.saturating_sub(TABLE.start), data);
@@ -276,7 +275,7 @@ impl Function {
         for (index, (queue, kick)) in (0..).zip(state.common.queues().iter().zip(&self.kicks)) {
             if queue.is_enabled {
                 let call = state.msix.call(queue.vector).unwrap_or(&self.nobody);
-                let eventfds = (Arc::clone(kick), Arc::clone(call));
+                let eventfds = (Arc::clone(kick), call.clone());
                 rings.push(RingSetup::new(&self.memory, index, queue, eventfds)?);
             }
         }

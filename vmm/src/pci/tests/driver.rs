@@ -4,6 +4,7 @@
 //! steady state of a real guest. Waiting is for an interrupt, with a limit that only a broken device reaches.
 
 use std::fs::File;
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering, fence};
 use std::time::{Duration, Instant};
@@ -17,6 +18,7 @@ use crate::bus::Region;
 use crate::front_end::{DeviceConfig, Kind, Limits};
 use crate::interrupts::fake::FakeVm;
 use crate::layout;
+use crate::readiness::wait_for;
 
 /// A daemon under test answers within this, or is broken.
 pub(super) const LIMIT: Duration = Duration::from_secs(20);
@@ -219,12 +221,12 @@ impl<'a> Driver<'a> {
     }
 
     /// The eventfd that KVM interrupts for.
-    pub(super) fn call(&self, vector: u16) -> EventFd {
+    pub(super) fn call(&self, vector: u16) -> Vec<EventFd> {
         let data = u32::from(vector) | (self.number as u32) << 16;
         let state = self.guest.vm.state.lock().expect("whole");
         let (gsi, _) =
             state.messages.iter().find(|(_, message)| message.data == data).expect("a route");
-        state.calls[gsi].try_clone().expect("a descriptor")
+        state.calls[gsi].iter().map(|call| call.try_clone().expect("a descriptor")).collect()
     }
 
     fn unmask(&self, vector: u16) {
@@ -268,7 +270,7 @@ pub(super) struct Queue<'a> {
     available: u64,
     used: u64,
     kick: u64,
-    call: EventFd,
+    call: Vec<EventFd>,
     next: u16,
     seen: u16,
 }
@@ -335,20 +337,14 @@ impl Queue<'_> {
             if !wait_readable(&self.call, limit.checked_sub(begin.elapsed())?) {
                 return None;
             }
-            let _count = self.call.read();
+            self.call.iter().for_each(|call| drop(call.read()));
         }
     }
 }
 
 /// Waits for an interrupt; says whether it came.
-pub(super) fn wait_readable(call: &EventFd, limit: Duration) -> bool {
-    use std::os::fd::AsRawFd;
-    let epoll = vmm_sys_util::epoll::Epoll::new().expect("an epoll");
-    let events = vmm_sys_util::epoll::EventSet::IN;
-    let event = vmm_sys_util::epoll::EpollEvent::new(events, 0);
-    let add = vmm_sys_util::epoll::ControlOperation::Add;
-    epoll.ctl(add, call.as_raw_fd(), event).expect("watched");
-    let limit_ms = i32::try_from(limit.as_millis()).expect("a short limit");
-    let mut ready = [vmm_sys_util::epoll::EpollEvent::default()];
-    epoll.wait(limit_ms, &mut ready).expect("waited") == 1
+pub(super) fn wait_readable(call: &[EventFd], limit: Duration) -> bool {
+    let [theirs, ours] = call else { panic!("a vector has two eventfds") };
+    let both = [theirs, ours].map(|call| Some(call.as_raw_fd()));
+    wait_for(both, Some(limit)).expect("waited").contains(&true)
 }

@@ -7,10 +7,10 @@ use rustix::fs::fstat;
 use tests::temp_dir;
 use vm_memory::{Bytes, GuestAddress};
 
-use super::driver::{Driver, Guest, LIMIT, VERSION_1, device, quick};
+use super::driver::{Driver, Guest, LIMIT, VERSION_1, device, quick, wait_readable};
 use super::scripted::{
     Connection, Event, GET_CONFIG, GET_INFLIGHT_FD, LIES, Lie, SET_FEATURES, SET_INFLIGHT_FD,
-    SET_VRING_BASE, SET_VRING_CALL, SET_VRING_ENABLE, SET_VRING_KICK, Script, Scripted, Truth,
+    SET_VRING_BASE, SET_VRING_ENABLE, SET_VRING_KICK, Script, Scripted, Truth,
 };
 use crate::front_end::{Kind, Limits};
 
@@ -133,12 +133,11 @@ fn record_of_requests_in_flight_outlives_its_daemon_and_rings_go_on_where_they_w
     assert!(second.first(GET_INFLIGHT_FD).is_none(), "the record is there already");
     assert_eq!(inode(&second), record, "and it is the same");
     // One kick when the rings were started, and at each takeover a kick and a call.
-    for (request, least) in [(SET_VRING_KICK, 2), (SET_VRING_CALL, 1)] {
-        let eventfd = &second.first(request).expect("each ring has one").fds[0];
-        let mut count = [0; 8];
-        rustix::io::read(eventfd, &mut count).expect("somebody has written to it");
-        assert!(u64::from_ne_bytes(count) >= least, "request {request}: {count:?}");
-    }
+    let kick = &second.first(SET_VRING_KICK).expect("each ring has one").fds[0];
+    let mut count = [0; 8];
+    rustix::io::read(kick, &mut count).expect("somebody has written to it");
+    assert!(u64::from_ne_bytes(count) >= 2, "{count:?}");
+    assert!(wait_readable(&driver.call(1), LIMIT), "the driver looks at its used ring");
     daemon.wait_served();
     driver.reset();
     driven(&guest);

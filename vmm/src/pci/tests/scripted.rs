@@ -23,7 +23,6 @@ pub(super) const SET_FEATURES: u32 = 2;
 pub(super) const GET_VRING_BASE: u32 = 11;
 pub(super) const SET_VRING_BASE: u32 = 10;
 pub(super) const SET_VRING_KICK: u32 = 12;
-pub(super) const SET_VRING_CALL: u32 = 13;
 pub(super) const SET_VRING_ENABLE: u32 = 18;
 pub(super) const GET_CONFIG: u32 = 24;
 pub(super) const GET_INFLIGHT_FD: u32 = 31;
