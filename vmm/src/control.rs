@@ -13,6 +13,7 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use serde_json::{Map, Value, json};
 
+use crate::front_end::Counts;
 use crate::vcpu::Exits;
 
 /// What an operator can want of a machine that runs.
@@ -63,13 +64,25 @@ impl AsFd for Signals {
     }
 }
 
-/// How often each processor left the guest, and why; and how often the machine was started.
-pub(crate) fn statistics(starts: u64, exits: &[Arc<Exits>]) -> Value {
+/// How often the machine was started, how often each processor left the guest and why, and what became of the devices.
+pub(crate) fn statistics(starts: u64, exits: &[Arc<Exits>], devices: &[(&str, Counts)]) -> Value {
     let vcpus: Vec<Map<String, Value>> = exits
         .iter()
         .map(|exits| exits.counts().map(|(name, count)| (name.to_owned(), count.into())).collect())
         .collect();
-    json!({ "starts": starts, "vcpus": vcpus })
+    let devices: Vec<Value> = devices
+        .iter()
+        .map(|(socket, counts)| {
+            json!({
+                "socket": socket,
+                "connected": counts.is_connected,
+                "connections": counts.connections,
+                "config_changes": counts.config_changes,
+                "writes_lost": counts.writes_lost,
+            })
+        })
+        .collect();
+    json!({ "starts": starts, "vcpus": vcpus, "devices": devices })
 }
 
 #[cfg(test)]
@@ -89,9 +102,10 @@ mod tests {
 
     #[test]
     fn statistics_name_every_reason() {
-        let line = statistics(2, &[Arc::default()]);
+        let line = statistics(2, &[Arc::default()], &[("disk", Counts::default())]);
         assert_eq!(line["starts"], 2);
         assert_eq!(line["vcpus"][0]["memory_writes"], 0);
+        assert_eq!(line["devices"][0]["connected"], false);
         assert_eq!(line["vcpus"][0].as_object().map(Map::len), Some(7));
     }
 }

@@ -3,29 +3,25 @@
 //! Memory is one shared file, and every device is another process, to which a front end speaks vhost-user. What is left is
 //! here: the guest's [addresses](layout) and [what answers to them](bus), [its processors](vcpu) and
 //! [what is in their registers](cpu), [the kernel](loader) and [the tables](acpi) that it reads, and
-//! [the machine](machine) that is made of all this.
+//! [the machine](machine) that is made of all this. Its devices are functions [on PCI](pci), of [virtio's kind](virtio),
+//! each with [a front end](front_end) that keeps its daemon, and with [interrupts] that KVM delivers.
 
 mod acpi;
 mod args;
 mod bus;
 mod control;
 mod cpu;
-// Used by the machine as soon as it has devices.
-#[allow(dead_code)]
 mod front_end;
-#[allow(dead_code)]
 mod interrupts;
 mod layout;
 mod loader;
 mod machine;
 mod memory;
-#[allow(dead_code)]
 mod pci;
 mod power;
 mod readiness;
 mod serial;
 mod vcpu;
-#[allow(dead_code)]
 mod virtio;
 
 use std::error::Error;

@@ -11,6 +11,7 @@ use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use kvm_bindings::kvm_irqchip;
 use kvm_ioctls::{Cap, Kvm, VmFd};
@@ -23,9 +24,12 @@ use crate::args::Options;
 use crate::bus::{Bus, Overlap, Region};
 use crate::control::{Signals, Wish, statistics};
 use crate::cpu::{self, PowerOn};
-use crate::layout::{I8042_PORTS, KVM_IDENTITY_MAP, KVM_TSS, POWER_IRQ, POWER_PORTS, SERIAL_PORTS};
+use crate::layout::{
+    ECAM, I8042_PORTS, KVM_IDENTITY_MAP, KVM_TSS, PCI_WINDOW, POWER_IRQ, POWER_PORTS, SERIAL_PORTS,
+};
 use crate::loader::{self, Images};
 use crate::memory::{self, Memory, errno, ranges_of};
+use crate::pci::{self, Devices};
 use crate::power::{KeyboardController, Outcome, Power, SleepAndReset, install_firmware};
 use crate::serial::{self, Com1};
 use crate::vcpu::{Crew, Exits, Processor, Surroundings};
@@ -40,6 +44,12 @@ const NEEDED: [(Cap, &str); 5] = [
     (Cap::Ioeventfd, "ioeventfd"),
     (Cap::ExtCpuid, "CPUID"),
 ];
+
+/// How long it takes until a signal is heard while daemons are awaited.
+const DAEMON_WAIT: Duration = Duration::from_millis(100);
+/// How long daemons may take to let go of a machine that resets: longer than the limit of each message to them, after
+/// which they are no longer talked to.
+const DAEMON_RESET: Duration = Duration::from_secs(60);
 
 /// Why there is no machine, or no longer.
 #[derive(Debug, thiserror::Error)]
@@ -70,6 +80,8 @@ pub(crate) enum Error {
     Serial(#[from] serial::Error),
     #[error("cannot write tables and firmware")]
     Tables(#[source] GuestMemoryError),
+    #[error(transparent)]
+    Devices(#[from] pci::Error),
     #[error("two devices are in the same place")]
     Bus(#[from] Overlap),
     #[error("cannot {action}")]
@@ -100,6 +112,7 @@ pub(crate) struct Machine {
     surroundings: Arc<Surroundings>,
     power: Arc<Power>,
     power_button: EventFd,
+    devices: Devices,
     exits: Vec<Arc<Exits>>,
     signals: Signals,
     starts: u64,
@@ -122,7 +135,8 @@ impl Machine {
         vm.register_irqfd(&power_button, POWER_IRQ).map_err(kvm_error("an interrupt"))?;
         let processors = make_processors(&kvm, &vm, &options)?;
         let exits = processors.iter().map(|processor| processor.exits.clone()).collect();
-        let surroundings = Arc::new(surround(&vm, &power)?);
+        let devices = Devices::new(vm.clone(), memory.guest().clone(), options.devices.clone())?;
+        let surroundings = Arc::new(surround(&vm, &power, &devices)?);
         let irqchips = read_irqchips(&vm)?;
         Ok(Self {
             options,
@@ -134,6 +148,7 @@ impl Machine {
             surroundings,
             power,
             power_button,
+            devices,
             exits,
             signals,
             starts: 0,
@@ -143,6 +158,9 @@ impl Machine {
 
     /// Runs it to its end.
     pub(crate) fn run(mut self) -> Result<End, Error> {
+        if !self.await_daemons()? {
+            return Ok(End::Plug);
+        }
         loop {
             let crew = self.start()?;
             let end = self.attend(&crew);
@@ -153,6 +171,19 @@ impl Machine {
                 None => return Ok(End::Reset),
             }
         }
+    }
+
+    /// Waits, without a limit, until each device's daemon has been there, so that the guest finds them all. False: the
+    /// operator wants to wait no longer.
+    fn await_daemons(&self) -> Result<bool, Error> {
+        while !self.devices.wait(DAEMON_WAIT)? {
+            match self.signals.take() {
+                Some(Wish::PowerButton | Wish::End) => return Ok(false),
+                Some(Wish::Statistics) => self.write_statistics(),
+                Some(Wish::Pause | Wish::Resume) | None => {}
+            }
+        }
+        Ok(true)
     }
 
     /// Loads the kernel into memory that is all zeros, and starts the processors.
@@ -201,7 +232,7 @@ impl Machine {
                 match wish {
                     Wish::Pause => crew.pause(),
                     Wish::Resume => crew.resume(),
-                    Wish::Statistics => eprintln!("{}", statistics(self.starts, &self.exits)),
+                    Wish::Statistics => self.write_statistics(),
                     Wish::PowerButton if !is_asked_to_end => {
                         is_asked_to_end = true;
                         self.power_button.write(1).map_err(host("press the power button"))?;
@@ -212,8 +243,15 @@ impl Machine {
         }
     }
 
+    fn write_statistics(&self) {
+        eprintln!("{}", statistics(self.starts, &self.exits, &self.devices.statistics()));
+    }
+
     /// Makes everything as it was when the machine was new, but for the processors, which [`Machine::start`] resets.
     fn reset(&self) -> Result<(), Error> {
+        if !self.devices.reset(DAEMON_RESET) {
+            tracing::warn!("a daemon has not let go of the guest's memory in {DAEMON_RESET:?}");
+        }
         for chip in &self.irqchips {
             self.vm.set_irqchip(chip).map_err(kvm_error("an interrupt controller's state"))?;
         }
@@ -268,7 +306,7 @@ fn make_processors(kvm: &Kvm, vm: &VmFd, options: &Options) -> Result<Vec<Proces
 }
 
 /// Puts everything where [`crate::layout`] has it.
-fn surround(vm: &VmFd, power: &Arc<Power>) -> Result<Surroundings, Error> {
+fn surround(vm: &VmFd, power: &Arc<Power>, devices: &Devices) -> Result<Surroundings, Error> {
     let mut ports = Bus::default();
     let places: [(_, Arc<dyn Region>); 3] = [
         (SERIAL_PORTS, Arc::new(Com1::new(vm)?)),
@@ -278,7 +316,11 @@ fn surround(vm: &VmFd, power: &Arc<Power>) -> Result<Surroundings, Error> {
     for (range, region) in places {
         ports.insert(range.start, range.end - range.start, region)?;
     }
-    Ok(Surroundings { ports, memory: Bus::default(), power: power.clone() })
+    let mut memory = Bus::default();
+    for (range, region) in [(ECAM, devices.ecam()), (PCI_WINDOW, devices.window())] {
+        memory.insert(range.start, range.end - range.start, region)?;
+    }
+    Ok(Surroundings { ports, memory, power: power.clone() })
 }
 
 fn read_irqchips(vm: &VmFd) -> Result<Vec<kvm_irqchip>, Error> {
