@@ -260,8 +260,8 @@ impl Drop for Vector {
 }
 
 /// A stand-in for KVM that writes down what it is asked for.
-#[cfg(test)]
-#[allow(clippy::arithmetic_side_effects)]
+#[cfg(any(test, feature = "fuzzing"))]
+#[allow(clippy::arithmetic_side_effects, clippy::expect_used, clippy::panic)]
 pub(crate) mod fake {
     use std::collections::BTreeMap;
     use std::io;

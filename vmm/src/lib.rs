@@ -12,6 +12,8 @@ mod bus;
 mod control;
 mod cpu;
 mod front_end;
+#[cfg(feature = "fuzzing")]
+pub mod fuzzing;
 mod interrupts;
 mod layout;
 mod loader;

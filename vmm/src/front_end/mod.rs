@@ -135,22 +135,21 @@ impl FrontEnd {
         watchdog: Arc<Watchdog>,
         limits: Limits,
     ) -> io::Result<Self> {
-        let shared = Arc::new(Shared {
-            name: config.socket.display().to_string(),
-            kind: config.kind,
-            queue_size: config.queue_size,
-            state: Mutex::default(),
-            changed: Condvar::new(),
-            wake: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
-            is_connected: AtomicBool::new(false),
-            connections: AtomicU64::new(0),
-            config_changes: AtomicU64::new(0),
-            writes_lost: AtomicU64::new(0),
-        });
+        let shared = Arc::new(Shared::new(&config)?);
         let keeper = Keeper::new(Arc::clone(&shared), config.socket, memory, watchdog, limits);
         let thread = std::thread::Builder::new().name("front-end".to_owned());
         let thread = Some(thread.spawn(move || keeper.run())?);
         Ok(Self { shared, thread })
+    }
+
+    /// A front end without a thread, of a network whose daemon has offered these queues, and is gone.
+    #[cfg(feature = "fuzzing")]
+    pub(crate) fn alone(features: u64, queue_count: u16, queue_size: u16) -> io::Result<Self> {
+        let kind = Kind::Network(None);
+        let shared = Shared::new(&DeviceConfig { kind, socket: PathBuf::new(), queue_size })?;
+        let config = vec![1; kind.config_bytes()];
+        shared.state().offer = Some(Offer { features, queue_count, config });
+        Ok(Self { shared: Arc::new(shared), thread: None })
     }
 
     /// The path of its daemon's socket, for messages.
@@ -285,8 +284,8 @@ impl Drop for FrontEnd {
         drop(state);
         self.shared.wake();
         // A daemon can have it wait where it should not, by an eventfd that they share: nobody waits along.
-        if self.shared.wait(END_LIMIT, |state| state.has_ended)
-            && let Some(thread) = self.thread.take()
+        if let Some(thread) = self.thread.take()
+            && self.shared.wait(END_LIMIT, |state| state.has_ended)
         {
             let _ended = thread.join();
         }
@@ -307,6 +306,21 @@ impl State {
 }
 
 impl Shared {
+    fn new(config: &DeviceConfig) -> io::Result<Self> {
+        Ok(Self {
+            name: config.socket.display().to_string(),
+            kind: config.kind,
+            queue_size: config.queue_size,
+            state: Mutex::default(),
+            changed: Condvar::new(),
+            wake: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
+            is_connected: AtomicBool::new(false),
+            connections: AtomicU64::new(0),
+            config_changes: AtomicU64::new(0),
+            writes_lost: AtomicU64::new(0),
+        })
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -97,14 +97,23 @@ impl Devices {
             return Err(Error::TooMany(configs.len()));
         }
         let watchdog = Arc::new(Watchdog::new()?);
-        let functions = configs.iter().map(|_| OnceLock::new()).collect();
         let front_ends = configs.into_iter().map(|config| {
             FrontEnd::new(config, memory.clone(), Arc::clone(&watchdog), limits).map(Arc::new)
         });
         let front_ends = front_ends.collect::<io::Result<Vec<_>>>()?;
+        Ok(Self::of(vm, memory, front_ends))
+    }
+
+    /// The bus with these devices, none of which is on it before [`Devices::wait`].
+    pub(crate) fn of(
+        vm: Arc<dyn Vm>,
+        memory: GuestMemoryMmap,
+        front_ends: Vec<Arc<FrontEnd>>,
+    ) -> Self {
+        let functions = front_ends.iter().map(|_| OnceLock::new()).collect();
         let root = Arc::new(Root { bridge: Mutex::new(ConfigSpace::new(&BRIDGE)), functions });
         let interrupts = Interrupts::new(Arc::clone(&vm));
-        Ok(Self { root, vm, memory, interrupts, front_ends })
+        Self { root, vm, memory, interrupts, front_ends }
     }
 
     /// Waits for at most `limit` until each device's daemon has been there; says whether they have.

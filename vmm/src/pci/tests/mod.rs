@@ -4,4 +4,5 @@
 mod driver;
 mod lying;
 mod real;
+mod registers;
 mod scripted;

@@ -15,8 +15,6 @@ const SECTORS: u64 = 2048;
 const SECTOR_BYTES: u32 = 512;
 const VIRTIO_BLK_T_IN: u32 = 0;
 const VIRTIO_BLK_T_OUT: u32 = 1;
-/// Of one request: header, data, status.
-const DESCRIPTORS: u16 = 3;
 const EVENT_IDX: u64 = 1 << 29;
 const INDIRECT: u64 = 1 << 28;
 
