@@ -257,6 +257,13 @@ impl Session {
         }
         for ring in &setup.rings {
             let base = if takes_over { ring.used_index(memory) } else { 0 };
+            let in_flight = if takes_over { ring.in_flight(memory) } else { 0 };
+            if in_flight > 1 && inflight.is_none() {
+                // Those that the last daemon used first are then served twice, and others not at all. A daemon that
+                // uses chains in the order in which they come, as a network's does, has lost none.
+                let queue = ring.index;
+                warn!(queue, in_flight, "no record of requests in flight: some may be lost");
+            }
             self.start_ring(ring, base)?;
         }
         for ring in rings() {

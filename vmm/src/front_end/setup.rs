@@ -87,11 +87,21 @@ impl RingSetup {
     /// The used ring's index: where a daemon goes on that knows nothing of its predecessor.
     pub(crate) fn used_index(&self, memory: &GuestMemoryMmap) -> u16 {
         let [_, _, used] = self.places;
-        // The predecessor's stores are over: its end, or our last message to it, has come since. The area was checked, so
-        // the fallback is never taken.
-        let index = memory.load::<u16>(GuestAddress(used.saturating_add(2)), Ordering::Acquire);
-        index.map_or(0, u16::from_le)
+        // The predecessor's stores are over: its end, or our last message to it, has come since.
+        index_of(memory, used)
     }
+
+    /// How many chains the driver has made available, and has not been given back.
+    pub(crate) fn in_flight(&self, memory: &GuestMemoryMmap) -> u16 {
+        let [_, available, used] = self.places;
+        index_of(memory, available).wrapping_sub(index_of(memory, used))
+    }
+}
+
+/// The index of an available or used ring. Its area was checked, so the fallback is never taken.
+fn index_of(memory: &GuestMemoryMmap, ring: u64) -> u16 {
+    let index = memory.load::<u16>(GuestAddress(ring.saturating_add(2)), Ordering::Acquire);
+    index.map_or(0, u16::from_le)
 }
 
 /// All that a daemon needs in order to serve the driver.

@@ -1,9 +1,10 @@
 //! Daemons that lie, message by message: each costs its connection, the next one is talked to, and the guest sees nothing.
 
+use std::io::{Read, Write};
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use rustix::fs::fstat;
+use rustix::fs::{OFlags, fcntl_setfl, fstat};
 use tests::temp_dir;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -231,4 +232,72 @@ fn silence_while_the_driver_resets_ends_by_the_watchdog() {
         driven(&guest);
         daemon.wait_served();
     }
+}
+
+/// A request of the daemon's, by its channel: a header, and as many bytes as it says or as there are.
+fn ask(request: u32, flags: u32, len: u32, payload: &[u8]) -> Vec<u8> {
+    let header = [request, flags, len].map(u32::to_le_bytes).concat();
+    [&header, payload].concat()
+}
+
+const CONFIG_CHANGE: u32 = 2;
+
+#[test]
+fn requests_of_a_daemon_are_answered_refused_or_end_the_connection() {
+    let directory = temp_dir();
+    let socket = directory.path().join("socket");
+    let daemon = Scripted::new(&socket, vec![Script::default()]);
+    let guest = Guest::new(vec![device(Kind::Block, &socket)], impatient());
+    let driver = driven(&guest);
+    let (mut channel, _) = daemon.wait_served();
+    let call = driver.call(0);
+    // VERSION, and VERSION with NEED_REPLY.
+    for (flags, answer) in [(1, None), (9, Some(0))] {
+        channel.write_all(&ask(CONFIG_CHANGE, flags, 0, &[])).expect("sent");
+        assert!(wait_readable(&call, LIMIT), "the driver is told");
+        call.iter().for_each(|call| drop(call.read()));
+        if let Some(answer) = answer {
+            let mut reply = [0; 20];
+            channel.read_exact(&mut reply).expect("an answer");
+            assert_eq!(reply[12..], u64::to_le_bytes(answer));
+        }
+    }
+    let endings = [
+        ask(0, 1, 0, &[]),
+        ask(CONFIG_CHANGE, 1, 8, &[0; 8]),
+        ask(CONFIG_CHANGE, 0, 0, &[]),
+        ask(CONFIG_CHANGE, 1, u32::MAX, &[]),
+        ask(CONFIG_CHANGE, 1, 64, &[0; 4]),
+        ask(u32::MAX, 9, 0, &[]),
+        // Half a header, after which there is silence.
+        vec![2, 0, 0],
+        vec![0x5a; 4096],
+    ];
+    for ending in endings {
+        channel.write_all(&ending).expect("sent");
+        daemon.wait_ended();
+        channel = daemon.wait_served().0;
+    }
+    assert_eq!(driver.status(), 15);
+}
+
+#[test]
+fn daemon_that_makes_shared_eventfds_full_and_waiting_holds_nobody_else_up() {
+    let directory = temp_dir();
+    let socket = directory.path().join("socket");
+    let daemon = Scripted::new(&socket, vec![ENDS, Script::default()]);
+    let guest = Guest::new(vec![device(Kind::Block, &socket)], impatient());
+    let driver = driven(&guest);
+    let (_, kick) = daemon.wait_served();
+    // As full as it can be, whatever it had, and one that waits.
+    let _empty = rustix::io::read(&kick, &mut [0; 8]);
+    rustix::io::write(&kick, &(u64::MAX - 1).to_ne_bytes()).expect("room");
+    fcntl_setfl(&kick, OFlags::empty()).expect("it has the descriptor");
+    // A notification that KVM does not take, and all else that a processor does.
+    guest.write(driver.bar + 0x3000, &[0; 2]);
+    assert_eq!(driver.status(), 15);
+    let _pending: [u8; 8] = guest.read(driver.bar + 0x4000);
+    let begin = Instant::now();
+    drop(guest);
+    assert!(begin.elapsed() < LIMIT / 2, "the machine ends");
 }

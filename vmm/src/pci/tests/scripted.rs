@@ -27,6 +27,7 @@ pub(super) const SET_VRING_ENABLE: u32 = 18;
 pub(super) const GET_CONFIG: u32 = 24;
 pub(super) const GET_INFLIGHT_FD: u32 = 31;
 pub(super) const SET_INFLIGHT_FD: u32 = 32;
+const SET_BACKEND_REQ_FD: u32 = 21;
 const GET_FEATURES: u32 = 1;
 const GET_PROTOCOL_FEATURES: u32 = 15;
 const GET_QUEUE_NUM: u32 = 17;
@@ -126,8 +127,11 @@ impl Connection {
 
 /// What the daemon tells the test.
 pub(super) enum Event {
-    /// The rings that the front end has are enabled.
-    Served,
+    /// The rings that the front end has are enabled. With the channel for requests, and a ring's kick.
+    Served {
+        channel: UnixStream,
+        kick: OwnedFd,
+    },
     Ended(Connection),
 }
 
@@ -180,8 +184,12 @@ impl Scripted {
     }
 
     /// Waits until a connection is served; those that ended before are forgotten.
-    pub(super) fn wait_served(&self) {
-        while !matches!(self.next(), Event::Served) {}
+    pub(super) fn wait_served(&self) -> (UnixStream, OwnedFd) {
+        loop {
+            if let Event::Served { channel, kick } = self.next() {
+                return (channel, kick);
+            }
+        }
     }
 
     /// Waits until a connection has ended.
@@ -213,7 +221,13 @@ fn serve(socket: &UnixStream, script: &Script, events: &Sender<Event>) -> Connec
             message.request == SET_VRING_ENABLE && enabled == script.rings as i32 && lie.is_none();
         connection.messages.push(message);
         if is_served {
-            let _test_is_over = events.send(Event::Served);
+            let descriptor = |request| {
+                let fd = &connection.first(request).expect("it was sent").fds[0];
+                fd.try_clone().expect("a descriptor")
+            };
+            let channel = UnixStream::from(descriptor(SET_BACKEND_REQ_FD));
+            let kick = descriptor(SET_VRING_KICK);
+            let _test_is_over = events.send(Event::Served { channel, kick });
         }
         if !goes_on || is_served && script.ends_when_served {
             break;
