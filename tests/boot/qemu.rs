@@ -2,6 +2,7 @@
 //! and a front end that resets, restarts and dies.
 
 pub(crate) mod emulator;
+mod recovery;
 
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;

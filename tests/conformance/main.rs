@@ -48,6 +48,7 @@ mod hostile_memory;
 mod hostile_messages;
 mod hostile_rings;
 mod image;
+mod inflight;
 mod launch;
 mod life;
 mod limits;

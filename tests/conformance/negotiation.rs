@@ -1,7 +1,6 @@
 //! What is offered, and that it can be had: virtio features, protocol features, ownership, reset.
 
 use crate::subject::{QUEUE_COUNT, Subject, is_ours_to_promise, lacks, must_work, promise};
-use frontend::Error;
 use frontend::block::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH,
     VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_SIZE_MAX,
@@ -9,12 +8,12 @@ use frontend::block::{
 };
 use frontend::guest::{MemoryBy, Options};
 use frontend::message::{
-    VHOST_USER_F_PROTOCOL_FEATURES, VHOST_USER_GET_INFLIGHT_FD, VHOST_USER_PROTOCOL_F_BACKEND_REQ,
+    VHOST_USER_F_PROTOCOL_FEATURES, VHOST_USER_PROTOCOL_F_BACKEND_REQ,
     VHOST_USER_PROTOCOL_F_CONFIG, VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS,
     VHOST_USER_PROTOCOL_F_INBAND_NOTIFICATIONS, VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD,
     VHOST_USER_PROTOCOL_F_LOG_SHMFD, VHOST_USER_PROTOCOL_F_MQ, VHOST_USER_PROTOCOL_F_REPLY_ACK,
     VHOST_USER_PROTOCOL_F_RESET_DEVICE, VHOST_USER_SET_VRING_KICK, VIRTIO_F_ACCESS_PLATFORM,
-    VIRTIO_F_EVENT_IDX, VIRTIO_F_INDIRECT_DESC, VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1, words,
+    VIRTIO_F_EVENT_IDX, VIRTIO_F_INDIRECT_DESC, VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1,
 };
 use frontend::notifier::Notifier;
 use frontend::wire::PATIENCE;
@@ -66,6 +65,7 @@ fn protocol_features_are_those_that_are_served() {
         VHOST_USER_PROTOCOL_F_REPLY_ACK,
         VHOST_USER_PROTOCOL_F_BACKEND_REQ,
         VHOST_USER_PROTOCOL_F_CONFIG,
+        VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD,
         VHOST_USER_PROTOCOL_F_RESET_DEVICE,
         VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS,
     ];
@@ -74,11 +74,7 @@ fn protocol_features_are_those_that_are_served() {
     }
     // A front end relies on what it is told of: a guest hangs if in-band notifications are offered
     // and not served.
-    for mask in [
-        VHOST_USER_PROTOCOL_F_INBAND_NOTIFICATIONS,
-        VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD,
-        VHOST_USER_PROTOCOL_F_LOG_SHMFD,
-    ] {
+    for mask in [VHOST_USER_PROTOCOL_F_INBAND_NOTIFICATIONS, VHOST_USER_PROTOCOL_F_LOG_SHMFD] {
         assert_eq!(features & mask, 0, "protocol feature bit {} is offered", mask.trailing_zeros());
     }
 }
@@ -158,25 +154,6 @@ fn reset_device_leaves_a_connection_that_can_start_over() {
     must_work(&mut driver, 0);
     driver.guest.front_end.reset_device().expect("the device can be reset");
     restart(&mut driver);
-}
-
-#[test]
-fn inflight_region_is_refused() {
-    if !is_ours_to_promise() {
-        return;
-    }
-    // Who had one would rely on its requests being found in it.
-    let mut subject = Subject::start();
-    let driver = subject.driver(&Options::default());
-    let front_end = &driver.guest.front_end;
-    // A region of any size, for all queues; the padding is part of the structure.
-    let mut wanted = words(&[0, 0]);
-    wanted.extend([QUEUE_COUNT.to_ne_bytes(), 128_u16.to_ne_bytes(), [0; 2], [0; 2]].concat());
-    let refused = front_end.ask(VHOST_USER_GET_INFLIGHT_FD, &wanted, &[]);
-    // Its answer has no form that says no.
-    assert!(matches!(refused, Err(Error::HangUp)), "{refused:?}");
-    drop(driver);
-    subject.must_serve_the_next();
 }
 
 #[test]

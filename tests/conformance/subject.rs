@@ -231,6 +231,14 @@ impl Subject {
         Subject { process, socket, directory, descriptors: None, wire: None }
     }
 
+    /// Kills our daemon as the kernel would, and starts another one in its place.
+    pub(crate) fn kill_and_replace(&mut self) {
+        if let Process::Ours(daemon) = &self.process {
+            daemon.signal(Signal::KILL);
+        }
+        self.process = Process::Ours(ours(self.directory.path(), &[]).start());
+    }
+
     /// Our daemon on a host that lets it write no file beyond `limit_sectors`; disk and log
     /// are in `directory`.
     pub(crate) fn with_file_limit(directory: TempDir, limit_sectors: u64) -> Self {

@@ -26,6 +26,8 @@ pub(crate) struct Hub {
     shared: Arc<Shared>,
     /// Only the main thread takes this lock.
     places: Mutex<Vec<Option<Plug>>>,
+    /// Logs of ports that were taken out, which are yet to be finished. Only the main thread takes this lock.
+    leaving: Mutex<Vec<(At, Arc<Endpoint>)>>,
     /// A port was plugged: its endpoints are to be served.
     plugged: Notify,
 }
@@ -68,7 +70,12 @@ pub(crate) struct NoPort(String);
 impl Hub {
     pub(crate) fn new(shared: Arc<Shared>) -> Self {
         let places = shared.ports().iter().map(|_| None).collect();
-        Self { shared, places: Mutex::new(places), plugged: Notify::new() }
+        Self {
+            shared,
+            places: Mutex::new(places),
+            leaving: Mutex::default(),
+            plugged: Notify::new(),
+        }
     }
 
     /// Opens a port's endpoints, and plugs it in; at which place.
@@ -99,9 +106,8 @@ impl Hub {
         let plug = self.places().get_mut(usize::from(id)).and_then(Option::take);
         self.shared.unplug(id);
         if let Some(plug) = plug {
-            plug.tasks.iter().flatten().for_each(AbortHandle::abort);
-            // A task lives until the runtime has its next turn. What is opened by name is free now.
-            plug.endpoints.iter().for_each(|endpoint| endpoint.close());
+            self.leaving().retain(|(_, endpoint)| endpoint.outlives_its_port());
+            plug.leave(&mut self.leaving());
             info!(id, name = plug.name, "port taken out");
         }
         Ok(id)
@@ -146,11 +152,10 @@ impl Hub {
 
     /// Waits until all that the guest has put out is where it is to be kept; while it [runs](Self::run).
     pub(crate) async fn settle(&self) {
-        let served: Vec<_> = self.places().iter().flatten().map(Plug::served).collect();
-        for (at, endpoints) in served {
-            for endpoint in endpoints {
-                endpoint.settle(&at).await;
-            }
+        let mut served: Vec<_> = self.places().iter().flatten().flat_map(Plug::served).collect();
+        served.extend(self.leaving().iter().cloned());
+        for (at, endpoint) in served {
+            endpoint.settle(&at).await;
         }
     }
 
@@ -274,14 +279,35 @@ impl Hub {
         }
     }
 
+    fn leaving(&self) -> MutexGuard<'_, Vec<(At, Arc<Endpoint>)>> {
+        self.leaving.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn places(&self) -> MutexGuard<'_, Vec<Option<Plug>>> {
         self.places.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Plug {
-    fn served(&self) -> (At, Vec<Arc<Endpoint>>) {
-        (self.at.clone(), self.endpoints.clone())
+    fn served(&self) -> impl Iterator<Item = (At, Arc<Endpoint>)> {
+        self.endpoints.iter().map(|endpoint| (self.at.clone(), Arc::clone(endpoint)))
+    }
+
+    /// Ends what it has running, but for logs that are not yet finished: those are `leaving`.
+    fn leave(&self, leaving: &mut Vec<(At, Arc<Endpoint>)>) {
+        let mut tasks = self.tasks.iter().flatten();
+        for endpoint in &self.endpoints {
+            // A task lives until the runtime has its next turn. What is opened by name is free now.
+            endpoint.close(&self.at);
+            match tasks.next() {
+                Some(_) if endpoint.outlives_its_port() => {
+                    leaving.push((self.at.clone(), Arc::clone(endpoint)));
+                }
+                Some(task) => task.abort(),
+                None => {}
+            }
+        }
+        tasks.for_each(AbortHandle::abort);
     }
 
     /// Starts a task for each endpoint.
@@ -302,8 +328,8 @@ impl Plug {
 
 #[cfg(test)]
 mod tests {
-    use crate::endpoint::stage::{Peer, Stage, unix};
-    use crate::port_spec::{EndpointSpec, PortSpec};
+    use crate::endpoint::stage::{Peer, Stage, pattern, unix};
+    use crate::port_spec::{EndpointSpec, FileSpec, PortSpec};
 
     fn spec(name: Option<&str>, id: Option<u16>) -> PortSpec {
         let name = name.map(str::to_owned);
@@ -385,6 +411,25 @@ mod tests {
             guest.write(b"of the second").await;
             Peer::connect(&stage.path("second")).await.expect(b"of the second").await;
         });
+    }
+
+    #[test]
+    fn log_of_a_port_that_is_taken_out_has_all_of_it_and_nothing_of_the_next() {
+        let stage = Stage::new(1);
+        let path = stage.path("log");
+        let log = FileSpec { path: path.clone(), max_size: None, keep: 5, timestamps: false };
+        let mut guest = stage.plug("first", true, EndpointSpec::File(log));
+        let said = pattern(100_000);
+        stage.play(async || {
+            guest.until(|port| port.takes_output()).await;
+            assert_eq!(guest.try_write(&said), said.len());
+            stage.hub.unplug("first").unwrap();
+            stage.hub.plug(&spec(Some("second"), Some(0))).unwrap();
+            guest.until(|port| port.takes_output()).await;
+            guest.write(b"of the second").await;
+            stage.hub.settle().await;
+        });
+        assert!(std::fs::read(&path).unwrap() == said);
     }
 
     #[test]

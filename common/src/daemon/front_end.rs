@@ -4,6 +4,7 @@
 //! stopped, answers sent. A message in the wrong is refused where the front end asked for an
 //! acknowledgement, and ends the session where it did not.
 
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -19,8 +20,8 @@ use crate::metrics::Metrics;
 use crate::protocol::{
     Answer, BackendChannel, Connection, Message, ReceiveError, Refusal, Request, table,
 };
-use crate::session::{Action, Fault, MemorySlot, Offer, Ring, Session};
-use crate::virtqueue::{RingError, RingSetup, Virtqueue};
+use crate::session::{Action, Fault, InflightSlot, MemorySlot, Offer, Ring, Session};
+use crate::virtqueue::{InflightRegion, RingError, RingSetup, Shape, Virtqueue};
 use crate::worker::{Kick, NoEventfd, RingStart, WorkerEvent, Workers};
 
 /// How long a front end may leave a reply unread.
@@ -66,6 +67,10 @@ pub(super) enum Refused {
     Session(#[from] Fault),
     #[error("the guest's memory cannot be mapped")]
     Memory(#[from] MapError),
+    #[error("requests in flight cannot be recorded")]
+    Inflight(#[source] MapError),
+    #[error("there can be no region for requests in flight")]
+    CreateInflight(#[source] std::io::Error),
     #[error("ring {index} cannot be started")]
     Ring { index: u16, source: RingError },
     #[error("ring {index} cannot be started")]
@@ -84,6 +89,8 @@ enum Answered {
     Ack,
     /// A value.
     Body(Vec<u8>),
+    /// A value, and a descriptor with it.
+    Shared(Vec<u8>, OwnedFd),
 }
 
 /// A front end being served.
@@ -94,6 +101,8 @@ pub(super) struct FrontEnd<'a, D: Device> {
     workers: &'a mut Workers<D>,
     metrics: &'a Metrics,
     memory: Arc<MemoryMap>,
+    /// Where requests in flight are recorded, if the front end keeps that.
+    inflight: Option<InflightRegion>,
     /// How it hears of changes.
     attendance: Attendance<'a, D>,
     gate: &'a mut RateLimit,
@@ -125,6 +134,7 @@ impl<'a, D: Device> FrontEnd<'a, D> {
             workers,
             metrics,
             memory: Arc::new(MemoryMap::empty()),
+            inflight: None,
             attendance: refresher.attend(),
             gate,
             announcements: RateLimit::new(ANNOUNCEMENTS_MAX, Duration::from_secs(1)),
@@ -200,6 +210,9 @@ impl<'a, D: Device> FrontEnd<'a, D> {
         self.attendance.is_now(self.session.reads_config(), runs);
         match acted {
             Ok(Answered::Body(body)) => send(self.connection.reply(request, &body)).await,
+            Ok(Answered::Shared(body, fd)) => {
+                send(self.connection.reply_with(request, &body, fd.as_fd())).await
+            }
             Ok(Answered::Ack) if need_reply && self.session.acknowledges() => {
                 send(self.connection.acknowledge(request, true)).await
             }
@@ -266,6 +279,11 @@ impl<'a, D: Device> FrontEnd<'a, D> {
                 }
             }
             Action::Memory(slots) => self.replace_memory(slots).await?,
+            Action::CreateInflight(shape) => {
+                let file = shape.create().map_err(Refused::CreateInflight)?;
+                return Ok(Answered::Shared(describe_inflight(shape), file));
+            }
+            Action::Inflight(slot) => self.record_inflight(slot)?,
             Action::ReadConfig { offset, len_bytes } => {
                 return Ok(Answered::Body(self.read_config(offset, len_bytes)));
             }
@@ -353,6 +371,7 @@ impl<'a, D: Device> FrontEnd<'a, D> {
             base,
             features,
             memory: Arc::clone(&self.memory),
+            record: self.inflight.as_ref().and_then(|region| region.record(index)),
         };
         let kick = match Kick::new(ring.kick) {
             Ok(kick) => kick,
@@ -365,6 +384,10 @@ impl<'a, D: Device> FrontEnd<'a, D> {
             Ok(virtqueue) => {
                 let (call, error) = (ring.call, ring.error);
                 let ring = virtqueue;
+                let left = ring.left();
+                if left > 0 {
+                    info!(ring = index, requests = left, "a predecessor's requests come first");
+                }
                 self.workers.start_ring(RingStart { index, ring, kick, call, error, features });
                 self.session.ring_started(index);
                 self.waiting.retain(|waiting| *waiting != index);
@@ -404,6 +427,14 @@ impl<'a, D: Device> FrontEnd<'a, D> {
         self.settle_all().await
     }
 
+    /// Has rings that start from here on record what is in flight.
+    fn record_inflight(&mut self, slot: InflightSlot) -> Result<(), Refused> {
+        let region = InflightRegion::map(slot.shape, slot.file_offset_bytes, slot.file.as_fd());
+        self.inflight = Some(region.map_err(Refused::Inflight)?);
+        self.session.commit_inflight(slot);
+        Ok(())
+    }
+
     fn region(&self, slot: &MemorySlot) -> Result<Arc<Region>, MapError> {
         let known = self.session.memory().iter();
         let mut kept =
@@ -411,7 +442,7 @@ impl<'a, D: Device> FrontEnd<'a, D> {
         let mapped = || self.memory.regions().iter().find(|region| region.spec() == slot.spec);
         match kept.next().and_then(|_| mapped()) {
             Some(region) => Ok(Arc::clone(region)),
-            None => Region::map(slot.spec, std::os::fd::AsFd::as_fd(&*slot.file)).map(Arc::new),
+            None => Region::map(slot.spec, slot.file.as_fd()).map(Arc::new),
         }
     }
 
@@ -423,6 +454,14 @@ impl<'a, D: Device> FrontEnd<'a, D> {
         self.device.read_config(self.session.features(), offset, &mut body[head..]);
         body
     }
+}
+
+/// The reply to `GET_INFLIGHT_FD`: the region's size, where it begins in the file, and what it is for. The text has 20 bytes;
+/// all front ends have the C structure, which ends in padding, and want exactly that.
+fn describe_inflight(shape: Shape) -> Vec<u8> {
+    let place = [shape.len_bytes().to_ne_bytes(), 0u64.to_ne_bytes()].concat();
+    let counts = [shape.queue_count, shape.queue_size, 0, 0].map(u16::to_ne_bytes).concat();
+    [place, counts].concat()
 }
 
 /// Waits, and tells the log every so often for what.

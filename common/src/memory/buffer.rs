@@ -98,6 +98,8 @@ impl HostBuffer {
         if into.len() < from.len() {
             return self.write(offset, &from[..into.len()]);
         }
+        #[cfg(test)]
+        super::crash::store();
         // SAFETY: as in `read`, with the directions exchanged; the region is mapped writable.
         unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), into.start(), from.len()) };
         compiler_fence(Ordering::SeqCst);
@@ -109,6 +111,8 @@ impl HostBuffer {
     #[inline]
     pub fn copy_from(&self, from: &HostBuffer) -> usize {
         let len = self.len().min(from.len());
+        #[cfg(test)]
+        super::crash::store();
         // SAFETY: both are mapped by the module's contract and have `len` bytes, and no reference to the bytes of
         // either exists. A guest may write meanwhile: any mixture of old and new bytes is as good as another.
         unsafe { std::ptr::copy(from.start().cast_const(), self.start(), len) };
@@ -129,6 +133,8 @@ impl HostBuffer {
     /// Stores a little-endian number of 16 bits at `offset`.
     #[inline]
     pub fn store_u16(&self, offset: usize, value: u16, ordering: Ordering) {
+        #[cfg(test)]
+        super::crash::store();
         let field = self.field(offset, size_of::<u16>()).cast();
         // SAFETY: as in `load_u16`.
         let field = unsafe { AtomicU16::from_ptr(field) };
@@ -147,6 +153,8 @@ impl HostBuffer {
     /// Stores a little-endian number of 32 bits at `offset`, relaxed.
     #[inline]
     pub fn store_u32(&self, offset: usize, value: u32) {
+        #[cfg(test)]
+        super::crash::store();
         let field = self.field(offset, size_of::<u32>()).cast();
         // SAFETY: as in `load_u16`.
         let field = unsafe { AtomicU32::from_ptr(field) };
@@ -165,6 +173,8 @@ impl HostBuffer {
     /// Stores a little-endian number of 64 bits at `offset`, relaxed.
     #[inline]
     pub fn store_u64(&self, offset: usize, value: u64) {
+        #[cfg(test)]
+        super::crash::store();
         let field = self.field(offset, size_of::<u64>()).cast();
         // SAFETY: as in `load_u16`.
         let field = unsafe { AtomicU64::from_ptr(field) };

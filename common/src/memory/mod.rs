@@ -22,6 +22,8 @@
 //! length can be checked). It does not decide when a map is replaced: that is the session's business.
 
 mod buffer;
+#[cfg(test)]
+pub(crate) mod crash;
 mod map;
 mod own;
 mod region;

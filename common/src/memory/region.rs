@@ -154,7 +154,7 @@ impl Region {
     }
 
     /// All bytes of the region.
-    pub(super) fn bytes(&self) -> HostBuffer {
+    pub(crate) fn bytes(&self) -> HostBuffer {
         self.bytes
     }
 }

@@ -17,11 +17,14 @@
     clippy::panic
 )]
 
-use std::io::{self, IoSliceMut};
+use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 
-use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendFlags};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags,
+};
 use tokio::io::Interest;
 use tokio::net::UnixStream;
 
@@ -144,16 +147,39 @@ impl Connection {
     /// # Errors
     /// The socket failed, or the body is longer than any payload may be.
     pub async fn reply(&mut self, to: impl Into<u32>, body: &[u8]) -> io::Result<()> {
+        self.send(to.into(), body, None).await
+    }
+
+    /// The same with a descriptor.
+    ///
+    /// # Errors
+    /// As for [`reply`](Self::reply).
+    pub async fn reply_with(
+        &mut self,
+        to: impl Into<u32>,
+        body: &[u8],
+        fd: BorrowedFd<'_>,
+    ) -> io::Result<()> {
+        self.send(to.into(), body, Some(fd)).await
+    }
+
+    async fn send(
+        &mut self,
+        to: u32,
+        body: &[u8],
+        mut fd: Option<BorrowedFd<'_>>,
+    ) -> io::Result<()> {
         if body.len() > MAX_PAYLOAD_BYTES {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "the reply is too long"));
         }
-        let header = Header::reply(to.into(), body.len() as u32);
+        let header = Header::reply(to, body.len() as u32);
         let message = [&header.to_bytes(), body].concat();
         let mut rest = message.as_slice();
         while !rest.is_empty() {
-            let send = || Ok(rustix::net::send(&self.socket, rest, SendFlags::NOSIGNAL)?);
+            let send = || send_some(&self.socket, rest, fd);
             match self.socket.async_io(Interest::WRITABLE, send).await {
-                Ok(sent) => rest = rest.get(sent..).unwrap_or_default(),
+                // The descriptor has gone with the first byte.
+                Ok(sent) => (rest, fd) = (rest.get(sent..).unwrap_or_default(), None),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error),
             }
@@ -169,6 +195,18 @@ impl Connection {
     pub async fn acknowledge(&mut self, to: impl Into<u32>, ok: bool) -> io::Result<()> {
         self.reply(to, &u64::from(!ok).to_ne_bytes()).await
     }
+}
+
+/// Sends once; how many bytes.
+fn send_some(socket: &UnixStream, bytes: &[u8], fd: Option<BorrowedFd<'_>>) -> io::Result<usize> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    let fds = fd.as_slice();
+    if !fds.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(fds)) {
+        return Err(io::Error::other("there is no room for the descriptor"));
+    }
+    let bytes = [IoSlice::new(bytes)];
+    Ok(rustix::net::sendmsg(socket, &bytes, &mut ancillary, SendFlags::NOSIGNAL)?)
 }
 
 impl Incoming {

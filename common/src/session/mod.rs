@@ -8,7 +8,7 @@
 //! All state stands in plain values beside the descriptors that came with it ([`Vring`],
 //! [`MemorySlot`]), so that it can be written down and taken up by a successor.
 //!
-//! What it deliberately does not do: dirty logging, postcopy, in-flight regions. Their features are
+//! What it deliberately does not do: dirty logging, postcopy. Their features are
 //! not offered, so the message table refuses their requests.
 
 #![deny(
@@ -28,7 +28,7 @@ use crate::memory::RegionSpec;
 use crate::protocol::{
     Message, Payload, ProtocolFeatures, Request, VHOST_USER_F_PROTOCOL_FEATURES, table,
 };
-use crate::virtqueue::RING_FEATURES;
+use crate::virtqueue::{RING_FEATURES, Shape};
 
 use self::vring::Vring;
 pub use self::vring::{Ring, RingFault};
@@ -47,12 +47,12 @@ const CONFIG_FLAG_MIGRATION: u32 = 1;
 const PROTOCOL_FEATURES_BIT: u64 = 1 << VHOST_USER_F_PROTOCOL_FEATURES;
 
 /// What every device's session offers. Missing on purpose, because a front end relies on what it is
-/// told: `INFLIGHT_SHMFD` until a successor resumes from the region, `LOG_SHMFD` until every write
-/// is logged.
+/// told: `LOG_SHMFD` until every write is logged.
 const PROTOCOL_FEATURES: u64 = ProtocolFeatures::MQ.bits()
     | ProtocolFeatures::REPLY_ACK.bits()
     | ProtocolFeatures::BACKEND_REQ.bits()
     | ProtocolFeatures::CONFIG.bits()
+    | ProtocolFeatures::INFLIGHT_SHMFD.bits()
     | ProtocolFeatures::RESET_DEVICE.bits()
     | ProtocolFeatures::CONFIGURE_MEM_SLOTS.bits();
 
@@ -95,6 +95,17 @@ impl MemorySlot {
     }
 }
 
+/// Where requests in flight are recorded, and the file that it is in.
+#[derive(Clone, Debug)]
+pub struct InflightSlot {
+    /// What it has room for.
+    pub shape: Shape,
+    /// Where it begins in the file.
+    pub file_offset_bytes: u64,
+    /// What to map.
+    pub file: Arc<OwnedFd>,
+}
+
 /// What is to be done about a message, besides acknowledging it.
 #[derive(Debug)]
 pub enum Action {
@@ -116,6 +127,10 @@ pub enum Action {
     Error(u16),
     /// Map these regions, give the map to the rings, and [`Session::commit_memory`].
     Memory(Vec<MemorySlot>),
+    /// Make a file in which requests in flight can be recorded, and answer with it.
+    CreateInflight(Shape),
+    /// Map this, have rings that start record requests there, and [`Session::commit_inflight`].
+    Inflight(InflightSlot),
     /// Answer with this part of the configuration space.
     ReadConfig {
         /// Offset in bytes.
@@ -166,6 +181,20 @@ pub enum Fault {
     ConfigRange { request: Request, offset: u32, len_bytes: usize },
     #[error("a write to the configuration space with flags {flags:#x}, of which only 1 is known")]
     ConfigFlags { flags: u32 },
+    #[error(
+        "{request} for {queue_count} queues of {queue_size} entries; there are {queue_count_max} of up to {queue_size_max}"
+    )]
+    InflightShape {
+        request: Request,
+        queue_count: u16,
+        queue_size: u16,
+        queue_count_max: u16,
+        queue_size_max: u16,
+    },
+    #[error("{request} of {len_bytes} bytes at {offset}: {needed} are needed, at a multiple of 8")]
+    InflightPlace { request: Request, len_bytes: u64, offset: u64, needed: u64 },
+    #[error("{request} while rings are running")]
+    InflightWhileRunning { request: Request },
     #[error("{request} carries another payload than its row of the message table says")]
     Payload { request: Request },
 }
@@ -179,6 +208,7 @@ pub struct Session {
     protocol_features: ProtocolFeatures,
     rings: Vec<Vring>,
     memory: Vec<MemorySlot>,
+    inflight: Option<InflightSlot>,
 }
 
 impl Session {
@@ -190,6 +220,7 @@ impl Session {
             protocol_features: ProtocolFeatures::empty(),
             rings: (0..offer.queue_count).map(|_| Vring::default()).collect(),
             memory: Vec::new(),
+            inflight: None,
         }
     }
 
@@ -224,7 +255,11 @@ impl Session {
                 _ => self.remove_memory(spec),
             },
             Payload::Config { offset, flags, data } => handle_config(request, offset, flags, data),
-            Payload::Inflight { .. } | Payload::Unparsed => Err(Fault::Payload { request }),
+            Payload::Inflight { mmap_size, mmap_offset, num_queues, queue_size } => {
+                let shape = Shape { queue_count: num_queues, queue_size };
+                self.handle_inflight(request, shape, (mmap_offset, mmap_size), fds)
+            }
+            Payload::Unparsed => Err(Fault::Payload { request }),
         }
     }
 
@@ -365,6 +400,41 @@ impl Session {
         Ok(Action::Memory(slots))
     }
 
+    fn handle_inflight(
+        &self,
+        request: Request,
+        shape: Shape,
+        (file_offset_bytes, len_bytes): (u64, u64),
+        fds: Vec<OwnedFd>,
+    ) -> Result<Action, Fault> {
+        let Shape { queue_count, queue_size } = shape;
+        let (queue_count_max, queue_size_max) = (self.offer.queue_count, self.offer.max_queue_size);
+        if !(1..=queue_count_max).contains(&queue_count)
+            || !(1..=queue_size_max).contains(&queue_size)
+        {
+            return Err(Fault::InflightShape {
+                request,
+                queue_count,
+                queue_size,
+                queue_count_max,
+                queue_size_max,
+            });
+        }
+        if request == Request::GetInflightFd {
+            return Ok(Action::CreateInflight(shape));
+        }
+        let needed = shape.len_bytes();
+        if len_bytes < needed || !file_offset_bytes.is_multiple_of(8) {
+            let offset = file_offset_bytes;
+            return Err(Fault::InflightPlace { request, len_bytes, offset, needed });
+        }
+        if self.rings.iter().any(Vring::is_running) {
+            return Err(Fault::InflightWhileRunning { request });
+        }
+        let file = fds.into_iter().next().ok_or(Fault::Payload { request })?;
+        Ok(Action::Inflight(InflightSlot { shape, file_offset_bytes, file: Arc::new(file) }))
+    }
+
     fn offered_protocol_features(&self) -> u64 {
         let own = if self.offer.is_network { NETWORK_FEATURES } else { 0 };
         PROTOCOL_FEATURES | own
@@ -443,6 +513,11 @@ impl Session {
     /// The memory that the rings use.
     pub fn memory(&self) -> &[MemorySlot] {
         &self.memory
+    }
+
+    /// The region of an [`Action::Inflight`] is mapped: rings that start use it.
+    pub fn commit_inflight(&mut self, slot: InflightSlot) {
+        self.inflight = Some(slot);
     }
 
     /// The memory of an [`Action::Memory`] is mapped and in use.

@@ -186,9 +186,9 @@ fn what_was_not_offered_cannot_be_acknowledged() {
     let mut session = session();
     let extra = send(&mut session, Request::SetFeatures, Payload::U64(1 << 34));
     assert!(matches!(extra, Err(Fault::Features { extra }) if extra == 1 << 34));
-    let inflight = Payload::U64(ProtocolFeatures::INFLIGHT_SHMFD.bits());
-    let extra = send(&mut session, Request::SetProtocolFeatures, inflight);
-    assert!(matches!(extra, Err(Fault::ProtocolFeatures { extra: 0x1000 })));
+    let log = Payload::U64(ProtocolFeatures::LOG_SHMFD.bits());
+    let extra = send(&mut session, Request::SetProtocolFeatures, log);
+    assert!(matches!(extra, Err(Fault::ProtocolFeatures { extra: 2 })));
 }
 
 #[test]

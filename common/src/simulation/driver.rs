@@ -101,7 +101,14 @@ impl Driver {
             available: Guest::frontend(available),
             used: Guest::frontend(used),
         };
-        RingSetup { addresses, size, base, features: self.features, memory: self.guest.map() }
+        RingSetup {
+            addresses,
+            size,
+            base,
+            features: self.features,
+            memory: self.guest.map(),
+            record: None,
+        }
     }
 
     /// Writes one descriptor at a guest address.

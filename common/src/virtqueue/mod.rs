@@ -6,24 +6,27 @@
 //! chains that are out still end normally.
 //!
 //! The parts: [`split`] is the ring in memory, [`chain`] the walk, [`slots`] the chains that are
-//! out. A packed ring is a sibling of [`split`] with
+//! out, [`inflight`] what a successor is to know of them. A packed ring is a sibling of [`split`] with
 //! the same verbs (take, put back, push used, publish, wants call, request kick). What it never
 //! sees: a file, nor the descriptors by which the two sides wake each other.
 
 #[cfg(feature = "fuzzing")]
 pub mod by_hand;
 mod chain;
+mod inflight;
 mod slots;
 mod split;
 
 use std::sync::Arc;
 
 use self::chain::Extent;
+use self::inflight::Left;
 use self::slots::Slots;
 use self::split::SplitRing;
 use crate::memory::{AccessError, FrontendAddress, GuestAddress, MemoryMap};
 
 pub use self::chain::{Buffers, Chain, MAX_CHAIN_DESCRIPTORS};
+pub use self::inflight::{InflightRegion, Record, Shape};
 pub use self::split::RingAddresses;
 
 /// VIRTIO 1.3, 6: indirect descriptors.
@@ -74,6 +77,10 @@ pub enum RingError {
     IndirectPlace { head: u16, at: GuestAddress },
     #[error("a buffer is not in the guest's memory")]
     Buffer { source: AccessError },
+    #[error("the region for requests in flight has version {version}, not 1")]
+    InflightVersion { version: u16 },
+    #[error("the region for requests in flight is for {recorded} descriptors, not {size}")]
+    InflightSize { size: u16, recorded: u16 },
     #[error("chain {head} is no request: {why}")]
     Request { head: u16, why: &'static str },
 }
@@ -90,6 +97,8 @@ pub struct RingSetup {
     pub features: u64,
     /// The guest's memory.
     pub memory: Arc<MemoryMap>,
+    /// Where chains in flight are recorded. What a predecessor has left there comes first, and then tells the base.
+    pub record: Option<Record>,
 }
 
 /// A running virtqueue; see the module's head.
@@ -98,21 +107,29 @@ pub struct Virtqueue {
     /// Keeps the ring's own areas mapped, also when a newer map lacks them.
     ring_memory: Arc<MemoryMap>,
     slots: Slots,
+    record: Option<Record>,
     indirect: bool,
     region_hint: usize,
     broken: bool,
 }
 
 impl Virtqueue {
-    /// Resolves the ring's areas in guest memory.
+    /// Resolves the ring's areas in guest memory, and takes up what a predecessor has left of it.
     ///
     /// # Errors
-    /// The size is not a power of two, or an area is misaligned or not in guest memory.
+    /// The size is not a power of two, or an area is misaligned or not in guest memory, or the record is for another ring.
     pub fn new(setup: RingSetup) -> Result<Self, RingError> {
         let event_idx = setup.features & VIRTIO_F_EVENT_IDX != 0;
-        let RingSetup { addresses, size, base, memory, .. } = setup;
+        let RingSetup { addresses, size, base, memory, mut record, .. } = setup;
+        let mut ring = SplitRing::new(addresses, size, base, event_idx, &memory)?;
+        if let Some(record) = &mut record
+            && let Left::Heads(heads) = record.recover(size, ring.published())?
+        {
+            ring.resume(heads);
+        }
         Ok(Self {
-            ring: SplitRing::new(addresses, size, base, event_idx, &memory)?,
+            ring,
+            record,
             ring_memory: Arc::clone(&memory),
             slots: Slots::new(size, memory),
             indirect: setup.features & VIRTIO_F_INDIRECT_DESC != 0,
@@ -129,6 +146,11 @@ impl Virtqueue {
     /// The next available entry to take.
     pub fn next_available(&self) -> u16 {
         self.ring.next_available()
+    }
+
+    /// Chains that a predecessor has left, and that are yet to be popped.
+    pub fn left(&self) -> usize {
+        self.ring.left()
     }
 
     /// Chains that are out.
@@ -154,6 +176,12 @@ impl Virtqueue {
                 return Err(fault);
             }
         };
+        // What a predecessor had popped is recorded, in its order.
+        if let Some(record) = &mut self.record
+            && self.ring.is_newest_new()
+        {
+            record.popped(head);
+        }
         self.slots.open(head, position, extent, now_ns);
         self.fetch_ahead();
         Ok(Some(Chain::new(head)))
@@ -209,6 +237,9 @@ impl Virtqueue {
     pub(crate) fn used(&mut self, chain: Chain, written_bytes: u32) -> u64 {
         let head = chain.end();
         let (popped_ns, _) = self.slots.close(head);
+        if let Some(record) = &mut self.record {
+            record.used(head);
+        }
         self.ring.push_used(head, written_bytes);
         popped_ns
     }
@@ -223,7 +254,13 @@ impl Virtqueue {
             "chain {} is not the newest: retract in the reverse order of pops",
             chain.slot()
         );
-        self.slots.close(chain.end());
+        let head = chain.end();
+        self.slots.close(head);
+        if let Some(record) = &mut self.record
+            && self.ring.is_newest_new()
+        {
+            record.put_back(head);
+        }
         self.ring.put_back();
     }
 
@@ -234,7 +271,13 @@ impl Virtqueue {
 
     /// Shows the driver what was used since the last time; whether it wants to be called.
     pub(crate) fn publish(&mut self) -> bool {
-        self.ring.publish() && self.ring.wants_call()
+        if !self.ring.publish() {
+            return false;
+        }
+        if let Some(record) = &mut self.record {
+            record.published(self.ring.published());
+        }
+        self.ring.wants_call()
     }
 
     /// Whether the driver was ever given a buffer back: a call for it may have been lost with a
@@ -294,7 +337,9 @@ impl Virtqueue {
 
     /// Whether the front end took away memory that is mapped.
     pub(crate) fn is_poisoned(&self) -> bool {
-        self.ring_memory.is_poisoned() || self.slots.map().is_poisoned()
+        self.ring_memory.is_poisoned()
+            || self.slots.map().is_poisoned()
+            || self.record.as_ref().is_some_and(Record::is_poisoned)
     }
 }
 

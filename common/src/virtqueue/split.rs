@@ -62,6 +62,12 @@ pub(super) struct SplitRing {
     published: u16,
     /// The used index when the driver was last told or found not to want it.
     considered: u16,
+    /// Heads that a predecessor has taken and not used: they come first, whatever stands in their entries by now.
+    left: Vec<u16>,
+    /// So many of them were taken.
+    left_taken: usize,
+    /// Heads that were taken since, less those that were put back.
+    taken: u64,
 }
 
 impl SplitRing {
@@ -92,7 +98,28 @@ impl SplitRing {
             next_used: published,
             published,
             considered: published,
+            left: Vec::new(),
+            left_taken: 0,
+            taken: 0,
         })
+    }
+
+    /// Goes on where a predecessor has left the ring: all before its used index is done, but for these heads.
+    pub(super) fn resume(&mut self, left: Vec<u16>) {
+        // As many entries as are out were taken beyond those that are used.
+        self.next_available = self.published;
+        self.seen_available = self.published;
+        self.left = left;
+    }
+
+    /// Heads that a predecessor had taken, and that are yet to be taken again.
+    pub(super) fn left(&self) -> usize {
+        self.left.len() - self.left_taken
+    }
+
+    /// The used index that the driver can see.
+    pub(super) fn published(&self) -> u16 {
+        self.published
     }
 
     /// Finds the ring's areas anew in another memory map; the indexes stay.
@@ -120,11 +147,17 @@ impl SplitRing {
         if self.next_available == self.seen_available && !self.look()? {
             return Ok(None);
         }
+        if let Some(head) = self.left.get(self.left_taken) {
+            self.left_taken += 1;
+            self.next_available = self.next_available.wrapping_add(1);
+            return Ok(Some(*head));
+        }
         let entry = usize::from(self.next_available & (self.size - 1));
         let head = self.available.load_u16(RING_HEADER_BYTES + 2 * entry, Ordering::Relaxed);
         if head >= self.size {
             return Err(RingError::Head { head, size: self.size });
         }
+        self.taken += 1;
         self.next_available = self.next_available.wrapping_add(1);
         Ok(Some(head))
     }
@@ -139,9 +172,18 @@ impl SplitRing {
         (distance < known).then(head).filter(|head| *head < self.size)
     }
 
+    /// Whether the newest taken entry is one that no predecessor had taken.
+    pub(super) fn is_newest_new(&self) -> bool {
+        self.taken > 0
+    }
+
     /// Puts the newest taken entry back: the next [`take`](Self::take) finds it again.
     pub(super) fn put_back(&mut self) {
         self.next_available = self.next_available.wrapping_sub(1);
+        match self.taken.checked_sub(1) {
+            Some(fewer) => self.taken = fewer,
+            None => self.left_taken -= 1,
+        }
     }
 
     /// Whether the driver's index has moved on, beyond the next `known` entries: a hint, for who does not sleep.

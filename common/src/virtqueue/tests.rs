@@ -1,6 +1,7 @@
 //! The device side of a ring against a driver that does what a test says.
 
 mod oracle;
+mod recovery;
 
 use std::sync::Arc;
 

@@ -86,6 +86,7 @@ fn setup(shape: Shape, base: u16, table: &Table) -> RingSetup {
         base,
         features: indirect | event_idx,
         memory: Arc::clone(&table.map),
+        record: None,
     }
 }
 

@@ -110,7 +110,9 @@ fn payload(script: &mut Script<'_>, layout: Layout) -> Payload {
             Payload::Config { offset, flags, data: vec![0; len] }
         }
         Layout::Inflight => {
-            Payload::Inflight { mmap_size: 1, mmap_offset: 0, num_queues: 1, queue_size: 1 }
+            let (num_queues, queue_size) = (script.below(4) as u16, script.below(300) as u16);
+            let (mmap_size, mmap_offset) = (script.below(1 << 16) as u64, script.below(32) as u64);
+            Payload::Inflight { mmap_size, mmap_offset, num_queues, queue_size }
         }
         Layout::Unparsed(..) => Payload::Unparsed,
     }

@@ -120,7 +120,13 @@ impl Model {
                 assert!(request == Request::GetConfig || *flags <= 1, "flags {flags}");
             }
             Payload::MemoryTable(_) | Payload::MemoryRegion(_) => {}
-            Payload::Inflight { .. } | Payload::Unparsed => {
+            // "VHOST_USER_SET_INFLIGHT_FD": what is recorded there is where rings go on, so none may run.
+            Payload::Inflight { num_queues, queue_size, .. } => {
+                assert!(*num_queues > 0 && *queue_size > 0, "a region for nothing");
+                let runs = self.rings.iter().any(|ring| ring.started.is_some());
+                assert!(request == Request::GetInflightFd || !runs, "a ring runs");
+            }
+            Payload::Unparsed => {
                 unreachable!("{request} belongs to a feature that is not offered")
             }
         }

@@ -3,14 +3,15 @@
 use std::thread;
 use std::time::Instant;
 
-use serde_json::json;
+use serde_json::{Value, json};
+use tests::Rig;
 
 use super::FrontEnd;
 use super::server::{Client, Server, wait_for};
 use crate::dialogue::Guest;
 
-/// A console that somebody looks at and that is logged.
-const PORT: &str = "console,endpoint=unix:@/con,endpoint=file:@/log";
+/// A console that somebody looks at and that is logged and recorded.
+const PORT: &str = "console,endpoint=unix:@/con,endpoint=file:@/log,endpoint=cast:@/cast";
 /// Has the kernel print on the console whatever it has to say.
 const WORDS: [&str; 2] = ["console=hvc0", "loglevel=7"];
 /// Linux loses what it has for a console until the driver is done with it. This is all of that.
@@ -50,8 +51,59 @@ pub(super) fn log_in(front_end: &impl FrontEnd) {
     early.expect_bytes(usize::try_from(len_bytes).expect("a test's"));
     server.wait_for_file("log", len_bytes);
     assert!(early.seen() == server.read("log"), "the log is another");
+    server.wait_for(0, |port| port["endpoints"][2]["written_bytes"] == len_bytes);
+    expect_recording(&server, early.seen());
     let business = b"nobody's business";
     assert!(!early.seen().windows(business.len()).any(|part| part == business));
+    server.expect_clean_end();
+}
+
+/// A player would show what was seen, in a terminal that grows when this one did.
+fn expect_recording(server: &Server, seen: &[u8]) {
+    let cast = String::from_utf8(server.read("cast")).expect("JSON is UTF-8");
+    let parse = |line| {
+        serde_json::from_str::<Value>(line).unwrap_or_else(|error| panic!("{error}: {line}"))
+    };
+    let mut lines = cast.lines().map(parse);
+    let head = lines.next().expect("a recording has a head");
+    assert_eq!(
+        (&head["version"], &head["width"], &head["height"]),
+        (&json!(2), &json!(80), &json!(24))
+    );
+    let events: Vec<_> = lines.collect();
+    assert!(events.is_sorted_by_key(|event| event[0].as_f64()), "time goes back");
+    let all = |kind: &str| {
+        let of_it = events.iter().filter(|event| event[1] == kind);
+        of_it.filter_map(|event| event[2].as_str()).collect::<Vec<_>>()
+    };
+    assert!(
+        all("o").concat() == String::from_utf8_lossy(seen),
+        "the recording shows something else"
+    );
+    assert_eq!(all("r"), ["132x43"]);
+}
+
+/// Somebody logs in at the daemon's end of a terminal, through a program that knows of terminals and of nothing else.
+pub(super) fn log_in_at_a_terminal(front_end: &impl FrontEnd) {
+    let Some(rig) = Rig::find() else { return };
+    let server = Server::start(&["console,endpoint=pty:@/tty"], &[]);
+    let (terminal, bridge) = (server.path("tty"), server.path("bridge"));
+    let mut socat = rig.tool("socat");
+    socat.arg(format!("UNIX-LISTEN:{}", bridge.display()));
+    let mut socat =
+        socat.arg(format!("{},raw,echo=0", terminal.display())).spawn().expect("socat runs");
+    wait_for(|| bridge.exists().then_some(())).expect("socat listens");
+    let mut person = server.connect("bridge");
+    let mut guest = front_end.meet(server.socket(), &[]);
+    guest.do_line("login hvc0");
+    person.expect("login: ");
+    person.type_text("root\n");
+    person.expect("# ");
+    person.type_text("echo two and two is $((2 + 2))\n");
+    person.expect("two and two is 4");
+    socat.kill().expect("it runs");
+    socat.wait().expect("it is ours");
+    front_end.finish(guest.part());
     server.expect_clean_end();
 }
 

@@ -36,6 +36,12 @@ fn people_log_in_and_resize_and_come_late() {
 }
 
 #[test]
+fn people_log_in_at_a_terminal() {
+    let Some(front_end) = Uml::new() else { return };
+    people::log_in_at_a_terminal(&front_end);
+}
+
+#[test]
 fn panic_is_read_afterwards() {
     let Some(front_end) = Uml::new() else { return };
     people::read_a_panic(&front_end);

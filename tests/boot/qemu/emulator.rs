@@ -96,7 +96,7 @@ impl Device<'_> {
         match self {
             Self::Block(socket) => [
                 "-chardev".into(),
-                format!("socket,id={name},path={}", socket.display()),
+                format!("socket,id={name},path={},reconnect-ms={RECONNECT_MS}", socket.display()),
                 "-device".into(),
                 format!("vhost-user-blk-pci,chardev={name},num-queues={QUEUE_COUNT}"),
             ]

@@ -6,13 +6,15 @@
 
 use crate::Error;
 use crate::front_end::FrontEnd;
+use crate::inflight::Inflight;
 use crate::memory::{GuestMemory, Shape};
 use crate::message::{
     RingAddresses, VHOST_USER_F_PROTOCOL_FEATURES, VHOST_USER_PROTOCOL_F_BACKEND_REQ,
     VHOST_USER_PROTOCOL_F_CONFIG, VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS,
-    VHOST_USER_PROTOCOL_F_MQ, VHOST_USER_PROTOCOL_F_REPLY_ACK, VHOST_USER_PROTOCOL_F_RESET_DEVICE,
-    VHOST_USER_SET_VRING_CALL, VHOST_USER_SET_VRING_ERR, VHOST_USER_SET_VRING_KICK,
-    VIRTIO_F_EVENT_IDX, VIRTIO_F_INDIRECT_DESC, VIRTIO_F_VERSION_1,
+    VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD, VHOST_USER_PROTOCOL_F_MQ,
+    VHOST_USER_PROTOCOL_F_REPLY_ACK, VHOST_USER_PROTOCOL_F_RESET_DEVICE, VHOST_USER_SET_VRING_CALL,
+    VHOST_USER_SET_VRING_ERR, VHOST_USER_SET_VRING_KICK, VIRTIO_F_EVENT_IDX,
+    VIRTIO_F_INDIRECT_DESC, VIRTIO_F_VERSION_1,
 };
 use crate::notifier::Notifier;
 use crate::ring::SplitRing;
@@ -78,6 +80,7 @@ impl Default for Options {
                 | VHOST_USER_PROTOCOL_F_REPLY_ACK
                 | VHOST_USER_PROTOCOL_F_BACKEND_REQ
                 | VHOST_USER_PROTOCOL_F_CONFIG
+                | VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD
                 | VHOST_USER_PROTOCOL_F_RESET_DEVICE
                 | VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS,
             queue_count: 1,
@@ -190,6 +193,29 @@ impl Guest {
         let kick = options.kick.map(|make| make()).transpose()?;
         let call = options.call.map(|make| make()).transpose()?;
         Ok(Virtqueue::new(ring, options.base, event_idx, (kick, call)))
+    }
+
+    /// Has the next back end, over another connection, go on where the last one was, as its region says.
+    ///
+    /// # Errors
+    /// The first that any message meets.
+    pub fn resume(
+        &mut self,
+        wire: Wire,
+        options: &Options,
+        inflight: &Inflight,
+    ) -> Result<(), Error> {
+        let mut front_end = FrontEnd::on(wire);
+        negotiate(&mut front_end, options)?;
+        self.front_end = front_end;
+        self.announce_memory(options.memory_by)?;
+        self.front_end.set_inflight_fd(inflight)?;
+        for index in 0..options.queue_count {
+            let used_index = self.queues[usize::from(index)].ring().used_index();
+            self.start_queue(index, used_index.into())?;
+            self.enable(index)?;
+        }
+        Ok(())
     }
 
     /// Tells the back end everything about queue `index`, which goes on from available index

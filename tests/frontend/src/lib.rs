@@ -23,6 +23,7 @@ pub mod console;
 mod error;
 pub mod front_end;
 pub mod guest;
+pub mod inflight;
 pub mod memory;
 pub mod message;
 pub mod net;

@@ -186,7 +186,7 @@ fn in_use(path: &Path, permission: Permission) -> LockError {
 }
 
 /// The range of one lock byte. `l_pid` must be 0 for locks of open file descriptions (fcntl(2)).
-fn one_byte(kind: i32, offset: libc::off_t) -> libc::flock {
+pub(super) fn one_byte(kind: i32, offset: libc::off_t) -> libc::flock {
     libc::flock {
         l_type: kind as libc::c_short,
         l_whence: libc::SEEK_SET as libc::c_short,

@@ -15,6 +15,7 @@
 mod block_device;
 mod cache;
 mod direct;
+mod fence;
 mod geometry;
 mod lock;
 
@@ -39,6 +40,8 @@ pub(crate) use block_device::DeviceError;
 use block_device::{BlockDevice, SYSFS};
 pub(crate) use cache::{CacheMode, WriteCache};
 pub(crate) use direct::{BUFFERED, Direct, IMAGE, Range, Way, sync_file};
+use fence::Fence;
+pub(crate) use fence::FenceError;
 pub(crate) use geometry::Geometry;
 use lock::ImageLock;
 pub(crate) use lock::LockError;
@@ -216,6 +219,9 @@ pub(crate) enum OpenError {
     /// Another process uses the image, or it cannot be locked.
     #[error(transparent)]
     Lock(#[from] LockError),
+    /// A predecessor still writes it.
+    #[error(transparent)]
+    Fence(#[from] FenceError),
 }
 
 /// An open disk.
@@ -319,6 +325,14 @@ impl Disk {
             }
             None => (file, None, None),
         };
+        if lock.is_some() && !options.read_only {
+            let fence = Fence::new(path);
+            fence.wait(file.as_fd())?;
+            [Some(&file), buffered.as_ref()]
+                .into_iter()
+                .flatten()
+                .try_for_each(|it| fence.hold(it))?;
+        }
         Ok(Disk {
             file: Some(file),
             buffered,

@@ -20,7 +20,6 @@ mod stream;
 mod viewers;
 mod wire;
 
-use std::convert::Infallible;
 use std::io;
 use std::path::PathBuf;
 
@@ -100,16 +99,17 @@ impl Endpoint {
         }
     }
 
-    /// Moves the bytes.
-    pub(crate) async fn serve(&self, at: &At) -> Infallible {
+    /// Moves the bytes, until it is dropped; a log or a recording ends by itself once it has been [closed](Self::close) and
+    /// all is written.
+    pub(crate) async fn serve(&self, at: &At) {
         match self {
-            Self::Viewers(viewers) => viewers.serve(at).await,
-            Self::Client(client) => client.serve(at).await,
-            Self::Pty(pty) => pty.serve(at).await,
-            Self::Stream(stream) => stream.serve(at).await,
+            Self::Viewers(viewers) => match viewers.serve(at).await {},
+            Self::Client(client) => match client.serve(at).await {},
+            Self::Pty(pty) => match pty.serve(at).await {},
+            Self::Stream(stream) => match stream.serve(at).await {},
             Self::File(log) => log.serve(at).await,
             Self::Cast(cast) => cast.serve(at).await,
-            Self::Null => std::future::pending().await,
+            Self::Null => {}
         }
     }
 
@@ -119,14 +119,27 @@ impl Endpoint {
     }
 
     /// Its port is removed: makes way for another endpoint of the same name.
-    pub(crate) fn close(&self) {
+    pub(crate) fn close(&self, at: &At) {
         match self {
             Self::Viewers(viewers) => viewers.close(),
             Self::Client(client) => client.close(),
             Self::Pty(pty) => pty.close(),
             Self::Stream(stream) => stream.close(),
             // Files have names that are free at any time.
-            Self::File(_) | Self::Cast(_) | Self::Null => {}
+            Self::File(log) => log.close(at),
+            Self::Cast(cast) => cast.close(at),
+            Self::Null => {}
+        }
+    }
+
+    /// Whether it has something to do yet after it was [closed](Self::close).
+    pub(crate) fn outlives_its_port(&self) -> bool {
+        match self {
+            Self::File(log) => !log.has_ended(),
+            Self::Cast(cast) => !cast.has_ended(),
+            Self::Viewers(_) | Self::Client(_) | Self::Pty(_) | Self::Stream(_) | Self::Null => {
+                false
+            }
         }
     }
 

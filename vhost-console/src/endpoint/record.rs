@@ -3,11 +3,11 @@
 //! Contract: while its [`Pen`] writes, the guest waits for it, and every byte is written. A pen writes on a thread that tokio has for
 //! what blocks, one piece at a time; the main thread never waits for a disk. When it fails, that is told once, and
 //! nobody waits any more: it tries again while there is something to write, once in [`RETRY`] or when it is to be opened anew, and
-//! writes what is still to be had. Then how much is missing is written and told, and the guest waits again.
+//! writes what is still to be had. Then how much is missing is written and told, and the guest waits again. Once its port
+//! has been [taken out](Record::close) it writes the rest, or tells how much it cannot, and ends.
 //!
 //! What it deliberately does not do: sync. What it has written is the kernel's; a crash of the host may cost the end.
 
-use std::convert::Infallible;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::pin::pin;
@@ -56,6 +56,8 @@ pub(crate) struct Record<P> {
     lost_bytes: AtomicU64,
     /// Bytes of the port's that it is done with.
     offset: AtomicU64,
+    /// The port's bytes that are its to write end here. What comes later another port puts out.
+    end: AtomicU64,
     /// That has changed, or it has failed.
     progress: Notify,
     /// Why it fails now.
@@ -81,6 +83,7 @@ impl<P: Pen> Record<P> {
             written_bytes: AtomicU64::new(0),
             lost_bytes: AtomicU64::new(0),
             offset: AtomicU64::new(0),
+            end: AtomicU64::new(u64::MAX),
             progress: Notify::new(),
             failure: Mutex::new(None),
         }
@@ -92,9 +95,21 @@ impl<P: Pen> Record<P> {
         self.reopen.notify_one();
     }
 
+    /// The port is taken out: what it has put out is all.
+    pub(crate) fn close(&self, at: &At) {
+        self.end.store(at.port().transcript().now().offset(), Ordering::Relaxed);
+        // Neither for news nor for better days it need wait any longer.
+        self.reopen.notify_one();
+    }
+
+    /// All is written down that its port has put out, or given up, and no more will come.
+    pub(crate) fn has_ended(&self) -> bool {
+        self.offset.load(Ordering::Relaxed) >= self.end.load(Ordering::Relaxed)
+    }
+
     /// Waits until all is written down that the port has put out, or cannot be.
     pub(crate) async fn settle(&self, at: &At) {
-        let end = at.port().transcript().now().offset();
+        let end = at.port().transcript().now().offset().min(self.end.load(Ordering::Relaxed));
         while !self.fails() && self.offset.load(Ordering::Relaxed) < end {
             self.progress.notified().await;
         }
@@ -112,10 +127,11 @@ impl<P: Pen> Record<P> {
         })
     }
 
-    pub(crate) async fn serve(&self, at: &At) -> Infallible {
+    /// Writes until its port has been taken out.
+    pub(crate) async fn serve(&self, at: &At) {
         let pen = self.pen.lock().unwrap_or_else(PoisonError::into_inner).take();
         // It is served once.
-        let Some(mut pen) = pen else { return std::future::pending().await };
+        let Some(mut pen) = pen else { return };
         let mut piece = vec![0; PIECE_BYTES];
         let mut keeper = Keeper::new(at);
         let mut missing_bytes = 0;
@@ -123,7 +139,14 @@ impl<P: Pen> Record<P> {
         loop {
             self.offset.store(keeper.offset(), Ordering::Relaxed);
             self.progress.notify_waiters();
-            let read = keeper.peek(&mut piece);
+            let end = self.end.load(Ordering::Relaxed);
+            let is_closed = end < u64::MAX;
+            let left = end.saturating_sub(keeper.offset());
+            if left == 0 {
+                return;
+            }
+            let wanted = usize::try_from(left).unwrap_or(PIECE_BYTES).min(PIECE_BYTES);
+            let read = keeper.peek(&mut piece[..wanted]);
             keeper.pass(read.lost_bytes);
             missing_bytes += read.lost_bytes;
             self.lost_bytes.fetch_add(read.lost_bytes, Ordering::Relaxed);
@@ -133,7 +156,7 @@ impl<P: Pen> Record<P> {
                 pin!(self.reopen.notified()).enable();
             }
             // It may change again while this one is written down.
-            let resize = at.size().filter(|now| size != Some(*now));
+            let resize = at.size().filter(|now| !is_closed && size != Some(*now));
             if read.count == 0 && !reopens && resize.is_none() {
                 tokio::select! {
                     () = at.port().news() => {}
@@ -149,7 +172,7 @@ impl<P: Pen> Record<P> {
             (pen, piece, written) = match spawn_blocking(work).await {
                 Ok(done) => done,
                 // A panic ends the process; a runtime that ends, ends this.
-                Err(_ended) => return std::future::pending().await,
+                Err(_ended) => return,
             };
             keeper.pass(written.count as u64);
             self.written_bytes.fetch_add(written.count as u64, Ordering::Relaxed);
@@ -164,6 +187,9 @@ impl<P: Pen> Record<P> {
                 Err(cause) => {
                     self.is_to_reopen.fetch_or(reopens, Ordering::Relaxed);
                     self.has_failed(&mut keeper, &cause);
+                    if self.end.load(Ordering::Relaxed) < u64::MAX {
+                        return self.give_up(keeper.offset(), missing_bytes);
+                    }
                     self.progress.notify_waiters();
                     tokio::select! {
                         () = sleep_until(Instant::now() + RETRY) => {}
@@ -172,6 +198,15 @@ impl<P: Pen> Record<P> {
                 }
             }
         }
+    }
+
+    /// What has not been written of a port that is gone never will be.
+    fn give_up(&self, offset: u64, missing_bytes: u64) {
+        let end = self.end.load(Ordering::Relaxed);
+        let unwritten_bytes = missing_bytes + end.saturating_sub(offset);
+        self.offset.store(end, Ordering::Relaxed);
+        self.progress.notify_waiters();
+        warn!(unwritten_bytes, "{:?} ends without the end of what its port has put out", self.path);
     }
 
     fn fails(&self) -> bool {
@@ -227,7 +262,9 @@ fn write<P: Pen>(
 
 #[cfg(test)]
 mod tests {
+    use std::convert::Infallible;
     use std::fs;
+    use std::future::pending;
     use std::io::{self, ErrorKind};
     use std::path::Path;
     use std::sync::{Arc, Condvar, Mutex};
@@ -379,8 +416,12 @@ mod tests {
                     hands.guest.until(|port| port.takes_output()).await;
                     script(hands).await;
                 };
+                let serve = async {
+                    record.serve(&at).await;
+                    pending::<Infallible>().await
+                };
                 tokio::select! {
-                    never = record.serve(&at) => match never {},
+                    never = serve => match never {},
                     () = script => {}
                 }
             });
@@ -542,6 +583,25 @@ mod tests {
             hands.record.settle(hands.at).await;
             assert_eq!(hands.told("state"), "failing");
         });
+    }
+
+    #[test]
+    fn record_of_a_port_that_is_gone_is_finished_on_a_slow_disk_and_given_up_on_a_full_one() {
+        for (room, written_bytes) in [(None, 13), (Some(3), 3)] {
+            Desk::new().play(async |mut hands| {
+                hands.disk.set(|state| *state = State { hangs: true, room });
+                hands.guest.write(b"one two three").await;
+                hands.record.close(hands.at);
+                assert!(!hands.record.has_ended());
+                hands.guest.write(b"of another port").await;
+                hands.disk.set(|state| state.hangs = false);
+                while !hands.record.has_ended() {
+                    hands.record.settle(hands.at).await;
+                    tokio::task::yield_now().await;
+                }
+                assert_eq!(hands.told("written_bytes"), written_bytes);
+            });
+        }
     }
 
     #[test]
