@@ -81,7 +81,7 @@ pub(crate) enum Error {
     No64Bit { version: u16, flags: u16 },
     #[error("the kernel is an ELF file without a PVH entry (CONFIG_PVH)")]
     NoPvh,
-    #[error("the kernel cannot be loaded into {memory} bytes of memory: {source}")]
+    #[error("the kernel cannot be loaded into {memory} bytes of memory")]
     Load { memory: u64, source: linux_loader::loader::Error },
     #[error(
         "too little memory: the kernel takes {needed} bytes, there are {available} below the hole for devices"

@@ -8,7 +8,7 @@
 //! back, by the descriptors that KVM has been given.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -244,7 +244,9 @@ impl Machine {
     }
 
     fn write_statistics(&self) {
-        eprintln!("{}", statistics(self.starts, &self.exits, &self.devices.statistics()));
+        let line = statistics(self.starts, &self.exits, &self.devices.statistics());
+        // In one piece, so that nothing else gets into the line. Who has closed standard error wants none.
+        let _ = io::stderr().write_all(format!("{line}\n").as_bytes());
     }
 
     /// Makes everything as it was when the machine was new, but for the processors, which [`Machine::start`] resets.
