@@ -47,3 +47,8 @@ rig:
 .PHONY: guest
 guest:
 	RUSTFLAGS='-C target-feature=+crt-static' cargo build -p guest --target x86_64-unknown-linux-gnu
+
+# Our programs for a machine within a machine, static for the same reason.
+.PHONY: nested
+nested: guest
+	RUSTFLAGS='-C target-feature=+crt-static' cargo build -p vmm -p vhost-blk -p vhost-net -p vhost-console --target x86_64-unknown-linux-gnu

@@ -10,6 +10,7 @@
 //! | [`request`] | block requests, what the disk makes of them, and when | a second reading of VIRTIO's block device |
 //! | [`frame`] | frames and commands of a network's driver | a second reading of VIRTIO's network device |
 //! | [`console`] | control messages of a console's driver, and its buffers | a second reading of VIRTIO's console device |
+//! | [`registers`] | a guest's accesses to a device's registers | what PCI says of BARs and MSI-X, and VIRTIO of the status |
 //! | [`control`] | what a client of the control socket sends | one answer a line |
 //!
 //! # Contract
@@ -26,6 +27,7 @@ pub mod control;
 pub mod frame;
 pub mod message;
 
+pub mod registers;
 pub mod request;
 pub mod ring;
 mod script;

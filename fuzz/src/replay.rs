@@ -57,6 +57,11 @@ fn console_bears_its_seeds() {
 }
 
 #[test]
+fn registers_bear_their_seeds() {
+    replay("registers", crate::registers::run);
+}
+
+#[test]
 fn control_bears_its_seeds() {
     replay("control", crate::control::run);
 }

@@ -13,3 +13,4 @@ mod sudden_death;
 mod systemd;
 mod terminal;
 mod uml;
+mod vmm;

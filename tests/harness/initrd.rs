@@ -160,16 +160,19 @@ impl Initrd {
     }
 }
 
-/// The static program that is PID 1 in the guest, beside this test's own build under its own target's name.
+/// The static program that is PID 1 in the guest.
 fn guest_program() -> PathBuf {
-    let build = std::env::var_os("OUTBOARD_GUEST").map_or_else(
-        || build_directory().join("../x86_64-unknown-linux-gnu/debug/guest"),
-        PathBuf::from,
-    );
+    let build =
+        std::env::var_os("OUTBOARD_GUEST").map_or_else(|| static_program("guest"), PathBuf::from);
     assert!(
         build.is_file(),
         "{} is missing: run `make guest` first (`make test-fast` does)",
         build.display()
     );
     build
+}
+
+/// Where a program of ours is that was linked statically: beside this test's own build, under its own target's name.
+pub fn static_program(name: &str) -> PathBuf {
+    build_directory().join("../x86_64-unknown-linux-gnu/debug").join(name)
 }

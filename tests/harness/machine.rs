@@ -89,6 +89,25 @@ impl Machine {
         }
     }
 
+    /// Reads the console until there was a line with each of these texts, in any order, and returns the first such lines.
+    ///
+    /// # Panics
+    /// As [`Machine::wait_for`].
+    pub fn wait_for_each<const N: usize>(&mut self, texts: [&str; N]) -> [String; N] {
+        let mut found: [Option<String>; N] = [const { None }; N];
+        while found.iter().any(Option::is_none) {
+            let line = self.next_line().unwrap_or_else(|why| {
+                panic!("{why} before {texts:?} were on the console:\n{}", self.console)
+            });
+            for (text, found) in texts.iter().zip(&mut found) {
+                if found.is_none() && line.contains(text) {
+                    *found = Some(line.clone());
+                }
+            }
+        }
+        found.map(Option::unwrap_or_default)
+    }
+
     /// Reads the console up to the verdict of the guest's check, and returns its details.
     ///
     /// # Panics

@@ -1,5 +1,6 @@
 //! The checks, one a file. Each returns what it found, for the host to compare, or why it failed.
 
+mod button;
 mod cache;
 mod console;
 mod dialogue;
@@ -9,6 +10,7 @@ mod file_system;
 mod grow;
 mod identity;
 mod load;
+mod machine;
 mod network;
 mod rate;
 mod read;
@@ -40,6 +42,8 @@ pub(crate) fn run(parameters: &Parameters) -> Result<String, Failure> {
         "network" => network::run(parameters),
         "dialogue" => dialogue::run(parameters),
         "console" => console::run(),
+        "machine" => machine::run(parameters),
+        "button" => button::run(),
         "restart" => restart::run(parameters),
         "grow" => grow::run(parameters),
         "rate" => rate::run(parameters),

@@ -1,0 +1,143 @@
+//! Our own VMM: stock kernels on KVM, and devices that are all other processes, which die and come back.
+
+mod nested;
+
+use std::time::Duration;
+
+use guest::announcement::Announcement;
+use guest::verdict::{MARK, word};
+use serde_json::Value;
+
+use self::nested::Host;
+
+/// The daemons of the machine's devices. The tap outlives its daemon, as an operator's does.
+const BLK: &str = "vhost-blk --blk-file /tmp/disk --num-queues 4 --socket-path /run/blk";
+const NET: &str = "vhost-net --backend tap=t0 --mac 52:54:00:12:34:56 --socket-path /run/net";
+const CONSOLE: &str = "vhost-console --port console,endpoint=pty:/run/tty --socket-path /run/con";
+const DEVICES: &str = "--blk /run/blk --net /run/net --console /run/con";
+const WORDS: &str = "check=machine address=10.0.0.2/24 peer=10.0.0.1";
+/// Long enough for some thousand requests.
+const LOAD: Duration = Duration::from_secs(4);
+
+fn boot_with_devices() -> Option<Host> {
+    let mut host = Host::boot()?;
+    host.run("mkdir -p /run /dev/pts && mount -t devpts devpts /dev/pts");
+    host.run("truncate -s 16M /tmp/disk");
+    host.run("tunctl -t t0 && ip link set t0 up && ip address add 10.0.0.1/24 dev t0");
+    for daemon in [BLK, NET, CONSOLE] {
+        start(&mut host, daemon);
+    }
+    Some(host)
+}
+
+/// Starts a daemon. Nobody need wait until it listens: the VMM does.
+fn start(host: &mut Host, daemon: &str) {
+    host.run(&format!("{daemon} &"));
+}
+
+/// Types a line on the machine's console.
+fn type_on_console(host: &mut Host, line: &str) {
+    host.run(&format!("echo {line} > /run/tty"));
+}
+
+/// How often processors have left the guest for a device's registers.
+fn device_exits(statistics: &Value) -> u64 {
+    let vcpus = statistics["vcpus"].as_array().expect("processors");
+    let count = |vcpu: &Value, name: &str| vcpu[name].as_u64().expect("a count");
+    vcpus.iter().map(|vcpu| count(vcpu, "memory_reads") + count(vcpu, "memory_writes")).sum()
+}
+
+#[test]
+fn no_request_passes_through_the_vmm() {
+    let Some(mut host) = boot_with_devices() else { return };
+    host.start(&format!("--memory 256M --vcpus 4 {DEVICES}"), WORDS);
+    assert_eq!(host.announcement(), Announcement::Loaded);
+    host.run("head -n 1 /run/tty | grep 'the machine is up'");
+    let before = host.statistics();
+    type_on_console(&mut host, "begin");
+    host.run_for(LOAD);
+    let requests = end_load(&mut host);
+    let after = host.statistics();
+    let exits = device_exits(&after) - device_exits(&before);
+    assert!(requests >= 128, "{requests} requests are no load");
+    assert_eq!(exits, 0, "exits during {requests} requests: {before} {after}");
+    type_on_console(&mut host, "on");
+    let found = host.expect_pass();
+    assert_eq!(word(&found, "processors"), Some("4"), "{found}");
+    host.finish();
+    host.end();
+}
+
+/// Ends the load and returns how many requests there were.
+fn end_load(host: &mut Host) -> u64 {
+    // The answer to a line that is typed may come behind what the machine says of it.
+    host.begin("run echo end > /run/tty");
+    let requests = match (host.announcement(), host.announcement()) {
+        (Announcement::Found(requests), Announcement::Done)
+        | (Announcement::Done, Announcement::Found(requests)) => requests,
+        other => panic!("{other:?}:\n{}", host.console()),
+    };
+    eprintln!("{requests} requests");
+    requests
+}
+
+#[test]
+fn the_machine_outlives_its_daemons_and_restarts() {
+    let Some(mut host) = boot_with_devices() else { return };
+    host.start(&format!("--memory 256M --vcpus 2 {DEVICES}"), WORDS);
+    assert_eq!(host.announcement(), Announcement::Loaded);
+    type_on_console(&mut host, "begin");
+    for (name, daemon) in [("blk", BLK), ("net", NET), ("console", CONSOLE), ("blk", BLK)] {
+        host.run_for(LOAD / 4);
+        host.run(&format!("kill -9 $(pidof vhost-{name})"));
+        host.run_for(LOAD / 8);
+        start(&mut host, daemon);
+    }
+    host.run_for(LOAD / 4);
+    assert!(end_load(&mut host) >= 128);
+    type_on_console(&mut host, "on");
+    host.expect_pass();
+    host.finish();
+    // The second start finds what the first has written.
+    host.start(&format!("--memory 128M {DEVICES}"), "check=restart seed=7");
+    host.expect_pass();
+    host.finish();
+    let statistics = host.console().matches("restarting").count();
+    assert_eq!(statistics, 1, "{}", host.console());
+    host.end();
+}
+
+#[test]
+fn the_operator_pauses_the_machine_and_presses_its_button() {
+    let Some(mut host) = Host::boot() else { return };
+    host.start("--memory 128M --vcpus 2 --vcpu-affinity 1,0", "check=button");
+    assert_eq!(host.announcement(), Announcement::Loaded);
+    host.run(
+        "grep -h Cpus_allowed_list /proc/$(pidof outboard-vmm)/task/*/status | sort | uniq -c",
+    );
+    host.signal("USR1");
+    host.signal("TERM");
+    host.run_for(LOAD / 2);
+    assert!(!host.console().contains(MARK), "it answered while it was paused");
+    host.signal("USR2");
+    host.expect_pass();
+    host.finish();
+    refuses_clearly(&mut host);
+    host.end();
+}
+
+fn refuses_clearly(host: &mut Host) {
+    for (options, words) in [
+        ("--kernel /nowhere", "cannot open /nowhere"),
+        ("--kernel /initrd", "no bzImage and no ELF file"),
+        // A program, and no kernel.
+        ("--kernel /init", "Invalid entry address"),
+        ("--kernel /kernel --memory 64M", "too little memory"),
+        ("--kernel /kernel --memory 64M --initrd /kernel", "too little memory"),
+        ("--kernel /kernel --hugepages", "256 huge pages"),
+    ] {
+        host.run(&format!("! outboard-vmm {options} 2>/tmp/error && grep '{words}' /tmp/error"));
+    }
+    host.run("rm /dev/kvm");
+    host.run("! outboard-vmm --kernel /kernel 2>/tmp/error && grep 'no /dev/kvm' /tmp/error");
+}

@@ -1,0 +1,165 @@
+//! A host for virtual machines within an emulated one: QEMU's software processor has AMD's virtualisation, so that a stock
+//! kernel in it has KVM, and our VMM, with our daemons, runs a second stock kernel there.
+//!
+//! Contract: a [`Host`] does what is typed (the guest package's check "console": scripts of a shell), and shows what its
+//! virtual machine prints, whose verdicts and announcements so come on one console with its own. The scripts wait for
+//! nothing that the machine prints, so each line's answer comes before the machine's next announcement.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use guest::announcement::Announcement;
+use serde_json::Value;
+use tests::{Initrd, KernelRelease, Machine, Rig, TempDir, cannot_run, temp_dir};
+
+/// A nested machine is up after 15 s: this is for a host that does much else meanwhile.
+const LIMIT: Duration = Duration::from_secs(50);
+/// Of the outer machine: its initial RAM disk twice while unpacking, and the inner machine.
+const MEMORY: &str = "2048M";
+const PROCESSORS: &str = "2";
+const KERNEL_WORDS: &str = "console=ttyS0 quiet panic=-1 no_timer_check check=console";
+/// What makes the outer machine a host.
+const HOST_MODULES: [&str; 4] = ["irqbypass", "kvm", "kvm-amd", "tun"];
+/// The drivers of the inner machine.
+const MODULES: [&str; 12] = [
+    "virtio_ring",
+    "virtio",
+    "virtio_pci_modern_dev",
+    "virtio_pci_legacy_dev",
+    "virtio_pci",
+    "virtio_blk",
+    "failover",
+    "net_failover",
+    "virtio_net",
+    "virtio_console",
+    "button",
+    "evdev",
+];
+/// Our programs, which are linked statically for this.
+const PROGRAMS: [&str; 4] = ["outboard-vmm", "vhost-blk", "vhost-net", "vhost-console"];
+
+/// A running host.
+pub(super) struct Host {
+    machine: Machine,
+    // The emulator has the files in it open.
+    _directory: TempDir,
+}
+
+impl Host {
+    /// Boots it. `None`: it cannot run here, and has said why.
+    pub(super) fn boot() -> Option<Self> {
+        let rig = Rig::find()?;
+        let Some(programs) = PROGRAMS.iter().map(|name| program(name)).collect::<Option<Vec<_>>>()
+        else {
+            cannot_run("our static programs are missing: run `make nested`");
+            return None;
+        };
+        let directory = temp_dir();
+        let path = |name: &str| directory.path().join(name);
+        let release = KernelRelease::Stable;
+        let modules = |names: &[&str]| -> Vec<_> {
+            names.iter().map(|name| rig.kernel_module(release, name)).collect()
+        };
+        Initrd::with_guest(&rig, &modules(&MODULES)).write(&path("inner"));
+        let mut outer = Initrd::with_guest(&rig, &modules(&HOST_MODULES));
+        for (name, from) in PROGRAMS.iter().zip(&programs) {
+            outer.file(&format!("bin/{name}"), from);
+        }
+        outer.file("kernel", &rig.kernel(release));
+        outer.file("initrd", &path("inner"));
+        outer.write(&path("outer"));
+        let mut command = rig.tool("qemu-system-x86_64");
+        command
+            .args(["-accel", "tcg", "-cpu", "max", "-nodefaults", "-no-user-config"])
+            .args(["-display", "none", "-serial", "stdio", "-no-reboot"])
+            .args(["-m", MEMORY, "-smp", PROCESSORS, "-append", KERNEL_WORDS])
+            .arg("-kernel")
+            .arg(rig.kernel(release))
+            .arg("-initrd")
+            .arg(path("outer"));
+        let mut host = Self { machine: Machine::start(command, LIMIT), _directory: directory };
+        assert_eq!(host.announcement(), Announcement::Loaded);
+        Some(host)
+    }
+
+    /// Has a script succeed.
+    pub(super) fn run(&mut self, script: &str) {
+        self.begin(&format!("run {script}"));
+        self.expect_done();
+    }
+
+    /// Types a line, whose answer the caller awaits.
+    pub(super) fn begin(&mut self, line: &str) {
+        self.machine.type_line(line);
+    }
+
+    /// Starts a virtual machine whose kernel has these words on its command line, with these options of the VMM's.
+    pub(super) fn start(&mut self, options: &str, words: &str) {
+        let words = format!("console=ttyS0 quiet panic=-1 {words}");
+        // Lines that come whole do not mix with other lines. The status is the VMM's.
+        let script = format!(
+            "set -o pipefail; outboard-vmm --kernel /kernel --initrd /initrd --cmdline '{words}' {options} 2>&1 | grep ''"
+        );
+        self.machine.type_line(&format!("begin run {script}"));
+        self.expect_done();
+    }
+
+    /// Waits until the virtual machine has ended as it should.
+    pub(super) fn finish(&mut self) {
+        self.machine.type_line("finish");
+        self.expect_done();
+    }
+
+    /// Sends a signal to the VMM.
+    pub(super) fn signal(&mut self, name: &str) {
+        self.run(&format!("kill -{name} $(pidof outboard-vmm)"));
+    }
+
+    /// Asks the VMM for its statistics.
+    pub(super) fn statistics(&mut self) -> Value {
+        self.machine.type_line("run kill -HUP $(pidof outboard-vmm)");
+        // Either comes first.
+        let done = Announcement::Done.to_string();
+        let [line, _] = self.machine.wait_for_each(["\"starts\"", &done]);
+        let json = &line[line.find('{').expect("the statistics are an object")..];
+        serde_json::from_str(json).unwrap_or_else(|error| panic!("{error} in {line:?}"))
+    }
+
+    /// The next announcement, of the virtual machine or of the host.
+    pub(super) fn announcement(&mut self) -> Announcement {
+        self.machine.expect_announcement()
+    }
+
+    fn expect_done(&mut self) {
+        let answer = self.announcement();
+        assert_eq!(answer, Announcement::Done, "{}", self.machine.console());
+    }
+
+    /// What the virtual machine's check has found.
+    pub(super) fn expect_pass(&mut self) -> String {
+        self.machine.expect_pass()
+    }
+
+    /// Lets all go on for this time.
+    pub(super) fn run_for(&mut self, time: Duration) {
+        self.machine.run_for(time);
+    }
+
+    /// What has been on the console.
+    pub(super) fn console(&self) -> &str {
+        self.machine.console()
+    }
+
+    /// Ends the host.
+    pub(super) fn end(mut self) {
+        self.machine.type_line("end");
+        self.machine.expect_pass();
+        assert!(self.machine.wait().success());
+    }
+}
+
+/// A static program of this build, if it is there.
+fn program(name: &str) -> Option<PathBuf> {
+    let path = tests::static_program(name);
+    Path::new(&path).is_file().then_some(path)
+}
