@@ -25,7 +25,7 @@ test:
 test-fast:
 	@tests/rig/suites fast
 
-# The targets: message, connection, session, ring, request, frame, console, control (fuzz/src/lib.rs).
+# The targets: message, connection, session, ring, request, frame, console, control, registers (fuzz/src/lib.rs).
 .PHONY: fuzz
 fuzz:
 	@TIME='$(TIME)' fuzz/run $(TARGET)
