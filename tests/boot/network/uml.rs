@@ -29,7 +29,7 @@ impl FrontEnd for UserModeLinux {
     }
 
     fn echo_bytes(&self) -> u64 {
-        256 << 20
+        128 << 20
     }
 
     fn boot(&self, port: &Port, words: &[&str]) -> Machine {

@@ -38,7 +38,7 @@ impl FrontEnd for Emulator {
     }
 
     fn echo_bytes(&self) -> u64 {
-        96 << 20
+        32 << 20
     }
 
     fn boot(&self, port: &Port, words: &[&str]) -> Machine {
