@@ -1,12 +1,13 @@
 //! How fast consoles and data ports are. Nothing is asserted of that: whoever reads it knows what the machine did meanwhile.
 
 use std::fs;
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use super::FrontEnd;
-use super::server::{Client, Server};
+use super::server::{Client, LIMIT, Server};
 use crate::dialogue::Guest;
 
 /// Keys that are typed, each when the one before has been echoed.
@@ -15,6 +16,8 @@ const KEY_COUNT: usize = 2000;
 const CONSOLE_BYTES: u64 = 4 << 20;
 /// The time in which a daemon with nothing to do does nothing.
 const IDLE: Duration = Duration::from_secs(3);
+/// For so long nothing comes once all has.
+const PAUSE: Duration = Duration::from_millis(200);
 /// What the guest writes to a data port at once.
 const STEP_BYTES: u64 = 64 << 10;
 /// Clock ticks of `/proc/PID/stat`: 100 a second on every Linux.
@@ -63,11 +66,15 @@ pub(super) fn measure(ends: Ends<'_>, server: Option<&Server>) {
 
     let chains = || server.map(|server| server.statistics().requests("transmit"));
     let before = chains();
-    let mut time_us = 0;
-    thread::scope(|scope| {
-        scope.spawn(|| take(&mut console, CONSOLE_BYTES));
-        time_us = guest.find(&format!("write hvc0 {CONSOLE_BYTES} 4096"));
+    let is_over = AtomicBool::new(false);
+    let (time_us, came) = thread::scope(|scope| {
+        let reader = scope.spawn(|| take_what_comes(&mut console, &is_over));
+        let time_us = guest.find(&format!("write hvc0 {CONSOLE_BYTES} 4096"));
+        is_over.store(true, Ordering::Relaxed);
+        (time_us, reader.join().expect("it reads"))
     });
+    // QEMU's own throws away what nobody is fast enough to read.
+    assert!(server.is_none() || came == CONSOLE_BYTES, "{came} bytes came of {CONSOLE_BYTES}");
     let of_each = match (before, chains()) {
         (Some(before), Some(after)) => {
             let count = after - before;
@@ -76,7 +83,10 @@ pub(super) fn measure(ends: Ends<'_>, server: Option<&Server>) {
         _ => String::new(),
     };
     let rate = CONSOLE_BYTES as f64 / time_us as f64;
-    eprintln!("{name}: {rate:.1} MB/s out of the console{of_each}");
+    let lost = CONSOLE_BYTES - came;
+    eprintln!(
+        "{name}: {rate:.1} MB/s out of the console, of which {lost} bytes were lost{of_each}"
+    );
 
     let out = timed(process, || {
         guest.begin(&format!("write one {len_bytes} {STEP_BYTES}"));
@@ -106,6 +116,26 @@ fn type_key(console: &mut Client) -> Duration {
     console.stream().read_exact(&mut key).expect("the key is echoed");
     assert_eq!(&key, b"k");
     started.elapsed()
+}
+
+/// Reads what the guest writes to its console, until there is nothing and it has ended; how much that was.
+fn take_what_comes(from: &mut Client, is_over: &AtomicBool) -> u64 {
+    let mut buffer = vec![0; 1 << 20];
+    let mut came = 0;
+    from.stream().set_read_timeout(Some(PAUSE)).expect("a socket takes a time limit");
+    loop {
+        // Looked at first: what was written before has come by then.
+        let was_over = is_over.load(Ordering::Relaxed);
+        match from.stream().read(&mut buffer) {
+            Ok(0) => panic!("the other end has hung up"),
+            Ok(count) => came += count as u64,
+            Err(error) if error.kind() != ErrorKind::WouldBlock => panic!("{error}"),
+            Err(_) if was_over => break,
+            Err(_) => {}
+        }
+    }
+    from.stream().set_read_timeout(Some(LIMIT)).expect("a socket takes a time limit");
+    came
 }
 
 fn take(from: &mut Client, len_bytes: u64) {
