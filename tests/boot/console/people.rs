@@ -123,8 +123,9 @@ pub(super) fn see_the_size(front_end: &impl FrontEnd, order: &str) {
 
 /// Waits until a console of the guest's has a size.
 pub(super) fn expect_size(guest: &mut Guest, console: &str, rows: u64, columns: u64) {
-    // A terminal that has not been told yet has none, which stty takes for an error.
-    let line = format!("count (stty size </dev/{console} || echo 0 0) | sed 's/ /0000/'");
+    // A terminal that has not been told yet has none, which stty takes for an error; amid a change it was seen to say nothing.
+    let size = format!("(stty size </dev/{console} || echo 0 0) | sed 's/ /0000/'");
+    let line = format!("count {size} | grep . || echo 0");
     let wanted = format!("{rows}0000{columns}").parse();
     let wanted: u64 = wanted.expect("digits");
     let deadline = Instant::now() + super::server::LIMIT;
