@@ -13,6 +13,10 @@
     clippy::panic
 )]
 
+#[cfg(test)]
+#[allow(clippy::arithmetic_side_effects)]
+mod tests;
+
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
 

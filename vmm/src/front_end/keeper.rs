@@ -228,6 +228,10 @@ impl Keeper {
                 }
                 Task::Wait => {
                     if !self.wait(session, relay.as_mut())? {
+                        // Or it was we who have.
+                        if self.shared.state().is_over {
+                            return Ok(());
+                        }
                         info!(device = self.shared.name, "the daemon has hung up");
                         return Ok(());
                     }
