@@ -21,7 +21,7 @@ use crate::protocol::{
     Answer, BackendChannel, Connection, Message, ReceiveError, Refusal, Request, table,
 };
 use crate::session::{Action, Fault, InflightSlot, MemorySlot, Offer, Ring, Session};
-use crate::virtqueue::{InflightRegion, RingError, RingSetup, Shape, Virtqueue};
+use crate::virtqueue::{InflightRegion, InflightShape, RingError, RingSetup, Virtqueue};
 use crate::worker::{Kick, NoEventfd, RingStart, WorkerEvent, Workers};
 
 /// How long a front end may leave a reply unread.
@@ -283,7 +283,7 @@ impl<'a, D: Device> FrontEnd<'a, D> {
                 let file = shape.create().map_err(Refused::CreateInflight)?;
                 return Ok(Answered::Shared(describe_inflight(shape), file));
             }
-            Action::Inflight(slot) => self.record_inflight(slot)?,
+            Action::Inflight(slot) => self.record_inflight(&slot)?,
             Action::ReadConfig { offset, len_bytes } => {
                 return Ok(Answered::Body(self.read_config(offset, len_bytes)));
             }
@@ -428,10 +428,9 @@ impl<'a, D: Device> FrontEnd<'a, D> {
     }
 
     /// Has rings that start from here on record what is in flight.
-    fn record_inflight(&mut self, slot: InflightSlot) -> Result<(), Refused> {
+    fn record_inflight(&mut self, slot: &InflightSlot) -> Result<(), Refused> {
         let region = InflightRegion::map(slot.shape, slot.file_offset_bytes, slot.file.as_fd());
         self.inflight = Some(region.map_err(Refused::Inflight)?);
-        self.session.commit_inflight(slot);
         Ok(())
     }
 
@@ -458,7 +457,7 @@ impl<'a, D: Device> FrontEnd<'a, D> {
 
 /// The reply to `GET_INFLIGHT_FD`: the region's size, where it begins in the file, and what it is for. The text has 20 bytes;
 /// all front ends have the C structure, which ends in padding, and want exactly that.
-fn describe_inflight(shape: Shape) -> Vec<u8> {
+fn describe_inflight(shape: InflightShape) -> Vec<u8> {
     let place = [shape.len_bytes().to_ne_bytes(), 0u64.to_ne_bytes()].concat();
     let counts = [shape.queue_count, shape.queue_size, 0, 0].map(u16::to_ne_bytes).concat();
     [place, counts].concat()

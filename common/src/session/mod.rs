@@ -28,7 +28,7 @@ use crate::memory::RegionSpec;
 use crate::protocol::{
     Message, Payload, ProtocolFeatures, Request, VHOST_USER_F_PROTOCOL_FEATURES, table,
 };
-use crate::virtqueue::{RING_FEATURES, Shape};
+use crate::virtqueue::{InflightShape, RING_FEATURES};
 
 use self::vring::Vring;
 pub use self::vring::{Ring, RingFault};
@@ -96,14 +96,14 @@ impl MemorySlot {
 }
 
 /// Where requests in flight are recorded, and the file that it is in.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct InflightSlot {
     /// What it has room for.
-    pub shape: Shape,
+    pub shape: InflightShape,
     /// Where it begins in the file.
     pub file_offset_bytes: u64,
     /// What to map.
-    pub file: Arc<OwnedFd>,
+    pub file: OwnedFd,
 }
 
 /// What is to be done about a message, besides acknowledging it.
@@ -128,8 +128,8 @@ pub enum Action {
     /// Map these regions, give the map to the rings, and [`Session::commit_memory`].
     Memory(Vec<MemorySlot>),
     /// Make a file in which requests in flight can be recorded, and answer with it.
-    CreateInflight(Shape),
-    /// Map this, have rings that start record requests there, and [`Session::commit_inflight`].
+    CreateInflight(InflightShape),
+    /// Map this, and have rings that start record requests there.
     Inflight(InflightSlot),
     /// Answer with this part of the configuration space.
     ReadConfig {
@@ -208,7 +208,6 @@ pub struct Session {
     protocol_features: ProtocolFeatures,
     rings: Vec<Vring>,
     memory: Vec<MemorySlot>,
-    inflight: Option<InflightSlot>,
 }
 
 impl Session {
@@ -220,7 +219,6 @@ impl Session {
             protocol_features: ProtocolFeatures::empty(),
             rings: (0..offer.queue_count).map(|_| Vring::default()).collect(),
             memory: Vec::new(),
-            inflight: None,
         }
     }
 
@@ -256,7 +254,7 @@ impl Session {
             },
             Payload::Config { offset, flags, data } => handle_config(request, offset, flags, data),
             Payload::Inflight { mmap_size, mmap_offset, num_queues, queue_size } => {
-                let shape = Shape { queue_count: num_queues, queue_size };
+                let shape = InflightShape { queue_count: num_queues, queue_size };
                 self.handle_inflight(request, shape, (mmap_offset, mmap_size), fds)
             }
             Payload::Unparsed => Err(Fault::Payload { request }),
@@ -403,11 +401,11 @@ impl Session {
     fn handle_inflight(
         &self,
         request: Request,
-        shape: Shape,
+        shape: InflightShape,
         (file_offset_bytes, len_bytes): (u64, u64),
         fds: Vec<OwnedFd>,
     ) -> Result<Action, Fault> {
-        let Shape { queue_count, queue_size } = shape;
+        let InflightShape { queue_count, queue_size } = shape;
         let (queue_count_max, queue_size_max) = (self.offer.queue_count, self.offer.max_queue_size);
         if !(1..=queue_count_max).contains(&queue_count)
             || !(1..=queue_size_max).contains(&queue_size)
@@ -432,7 +430,7 @@ impl Session {
             return Err(Fault::InflightWhileRunning { request });
         }
         let file = fds.into_iter().next().ok_or(Fault::Payload { request })?;
-        Ok(Action::Inflight(InflightSlot { shape, file_offset_bytes, file: Arc::new(file) }))
+        Ok(Action::Inflight(InflightSlot { shape, file_offset_bytes, file }))
     }
 
     fn offered_protocol_features(&self) -> u64 {
@@ -513,11 +511,6 @@ impl Session {
     /// The memory that the rings use.
     pub fn memory(&self) -> &[MemorySlot] {
         &self.memory
-    }
-
-    /// The region of an [`Action::Inflight`] is mapped: rings that start use it.
-    pub fn commit_inflight(&mut self, slot: InflightSlot) {
-        self.inflight = Some(slot);
     }
 
     /// The memory of an [`Action::Memory`] is mapped and in use.

@@ -47,14 +47,14 @@ const ALIGN_BYTES: u64 = 64;
 
 /// What a region is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Shape {
+pub struct InflightShape {
     /// Number of queues.
     pub queue_count: u16,
     /// The largest size of one.
     pub queue_size: u16,
 }
 
-impl Shape {
+impl InflightShape {
     /// Bytes of all.
     pub fn len_bytes(self) -> u64 {
         u64::from(self.queue_count).saturating_mul(self.queue_bytes())
@@ -81,7 +81,7 @@ impl Shape {
 /// A region, mapped.
 #[derive(Debug)]
 pub struct InflightRegion {
-    shape: Shape,
+    shape: InflightShape,
     region: Arc<Region>,
 }
 
@@ -91,7 +91,7 @@ impl InflightRegion {
     /// # Errors
     /// The file is none of memory, or too short.
     pub fn map(
-        shape: Shape,
+        shape: InflightShape,
         file_offset_bytes: u64,
         file: BorrowedFd<'_>,
     ) -> Result<Self, MapError> {
@@ -117,7 +117,7 @@ impl InflightRegion {
 /// One queue's record.
 #[derive(Debug)]
 pub struct Record {
-    pub(super) bytes: HostBuffer,
+    bytes: HostBuffer,
     /// Keeps the bytes mapped.
     region: Arc<Region>,
     /// So many descriptors have a place.

@@ -26,7 +26,7 @@ use self::split::SplitRing;
 use crate::memory::{AccessError, FrontendAddress, GuestAddress, MemoryMap};
 
 pub use self::chain::{Buffers, Chain, MAX_CHAIN_DESCRIPTORS};
-pub use self::inflight::{InflightRegion, Record, Shape};
+pub use self::inflight::{InflightRegion, InflightShape, Record};
 pub use self::split::RingAddresses;
 
 /// VIRTIO 1.3, 6: indirect descriptors.

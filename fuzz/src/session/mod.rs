@@ -75,9 +75,8 @@ impl Daemon<'_> {
             Action::CreateInflight(shape) => {
                 assert!((1..=RINGS).contains(&shape.queue_count) && shape.queue_size > 0);
             }
-            Action::Inflight(slot) => {
+            Action::Inflight(_) => {
                 assert!(!self.running.contains(&true), "another record for a ring that runs");
-                self.session.commit_inflight(slot);
             }
             Action::ReadConfig { offset, len_bytes } => {
                 assert!(u64::from(offset) + u64::from(len_bytes) <= u64::from(MAX_CONFIG_BYTES));

@@ -2,15 +2,17 @@
 //! available where nobody saw another.
 
 use std::collections::VecDeque;
+use std::fs::File;
 use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
-use super::super::{Chain, InflightRegion, RingError, RingSetup, Shape, Virtqueue};
+use super::super::{Chain, InflightRegion, InflightShape, RingError, RingSetup, Virtqueue};
 use super::{DATA, LAYOUT, MEMORY_BYTES, SIZE};
 use crate::memory::crash;
 use crate::simulation::{Driver, Guest, Random};
 
-const SHAPE: Shape = Shape { queue_count: 2, queue_size: SIZE };
+const SHAPE: InflightShape = InflightShape { queue_count: 2, queue_size: SIZE };
 /// Chains that a driver makes in a life.
 const CHAIN_COUNT: usize = 14;
 
@@ -18,6 +20,7 @@ const CHAIN_COUNT: usize = 14;
 struct Machine {
     driver: Driver,
     random: Random,
+    file: File,
     region: InflightRegion,
     /// Heads that were made available and not seen used, oldest first.
     offered: VecDeque<u16>,
@@ -31,10 +34,10 @@ impl Machine {
         let guest = Arc::new(Guest::new(&[(0, MEMORY_BYTES)]));
         let mut driver = Driver::new(guest, LAYOUT, 0);
         driver.start_at(0xfffa);
-        let file = SHAPE.create().expect("a memfd");
+        let file = File::from(SHAPE.create().expect("a memfd"));
         let region = InflightRegion::map(SHAPE, 0, file.as_fd()).expect("a region");
         let (random, offered) = (Random::new(seed), VecDeque::new());
-        Self { driver, random, region, offered, added: 0, used: 0 }
+        Self { driver, random, file, region, offered, added: 0, used: 0 }
     }
 
     fn back_end(&self) -> Result<Virtqueue, RingError> {
@@ -185,7 +188,7 @@ fn region_is_for_so_many_queues_of_such_a_size() {
     assert_eq!(SHAPE.len_bytes(), 2 * 192);
     let file = SHAPE.create().expect("a memfd");
     assert!(InflightRegion::map(SHAPE, 8, file.as_fd()).is_err(), "it ends before");
-    let small = Shape { queue_size: SIZE / 2, ..SHAPE };
+    let small = InflightShape { queue_size: SIZE / 2, ..SHAPE };
     let region = InflightRegion::map(small, 0, file.as_fd()).expect("a region");
     let refused = Virtqueue::new(RingSetup { record: region.record(0), ..machine.driver.setup(0) });
     assert!(matches!(refused.err(), Some(RingError::InflightSize { size: 8, recorded: 4 })));
@@ -196,7 +199,6 @@ fn whatever_is_in_the_region_a_ring_is_refused_or_served_without_a_head_twice() 
     for seed in 0..2000 {
         let mut machine = Machine::new(seed);
         machine.offer(6);
-        let record = machine.region.record(1).expect("it has two");
         for at in (0..192).step_by(2) {
             let noise = machine.random.number() as u16;
             let value = match at {
@@ -206,7 +208,8 @@ fn whatever_is_in_the_region_a_ring_is_refused_or_served_without_a_head_twice() 
                 14 => machine.random.pick(&[0xfffa, 0xfff0, noise]),
                 _ => machine.random.pick(&[0, 1, 7, noise]),
             };
-            record.bytes.store_u16(at, value, std::sync::atomic::Ordering::Relaxed);
+            // The second queue's.
+            machine.file.write_all_at(&value.to_le_bytes(), 192 + at).expect("it is as long");
         }
         let Ok(mut queue) = machine.back_end() else { continue };
         let mut seen = [false; SIZE as usize];
