@@ -125,7 +125,7 @@ impl Endpoint {
             Self::Client(client) => client.close(),
             Self::Pty(pty) => pty.close(),
             Self::Stream(stream) => stream.close(),
-            // Files have names that are free at any time.
+            // Their names are free at any time: they only learn where they end.
             Self::File(log) => log.close(at),
             Self::Cast(cast) => cast.close(at),
             Self::Null => {}
