@@ -30,7 +30,7 @@ const NEWEST_PROCESSORS: u16 = 2;
 /// longest frame finds no room.
 const NETWORK_QUEUE_SIZE: u16 = 256;
 /// What the drivers are made of, in the order of their dependencies.
-const MODULES: [&str; 9] = [
+pub(crate) const MODULES: [&str; 9] = [
     "virtio_ring",
     "virtio",
     "virtio_pci_modern_dev",

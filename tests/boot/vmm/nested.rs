@@ -12,6 +12,8 @@ use guest::announcement::Announcement;
 use serde_json::Value;
 use tests::{Initrd, KernelRelease, Machine, Rig, TempDir, cannot_run, temp_dir};
 
+use crate::qemu::emulator::MODULES;
+
 /// A nested machine is up after 15 s: this is for a host that does much else meanwhile.
 const LIMIT: Duration = Duration::from_secs(180);
 /// Of the outer machine: its initial RAM disk twice while unpacking, and the inner machine.
@@ -20,21 +22,8 @@ const PROCESSORS: &str = "2";
 const KERNEL_WORDS: &str = "console=ttyS0 quiet panic=-1 no_timer_check check=console";
 /// What makes the outer machine a host.
 const HOST_MODULES: [&str; 4] = ["irqbypass", "kvm", "kvm-amd", "tun"];
-/// The drivers of the inner machine.
-const MODULES: [&str; 12] = [
-    "virtio_ring",
-    "virtio",
-    "virtio_pci_modern_dev",
-    "virtio_pci_legacy_dev",
-    "virtio_pci",
-    "virtio_blk",
-    "failover",
-    "net_failover",
-    "virtio_net",
-    "virtio_console",
-    "button",
-    "evdev",
-];
+/// Drivers of the inner machine, beside those that all machines have.
+const MORE_MODULES: [&str; 3] = ["virtio_console", "button", "evdev"];
 /// Our programs, which are linked statically for this.
 const PROGRAMS: [&str; 4] = ["outboard-vmm", "vhost-blk", "vhost-net", "vhost-console"];
 
@@ -60,7 +49,8 @@ impl Host {
         let modules = |names: &[&str]| -> Vec<_> {
             names.iter().map(|name| rig.kernel_module(release, name)).collect()
         };
-        Initrd::with_guest(&rig, &modules(&MODULES)).write(&path("inner"));
+        Initrd::with_guest(&rig, &modules(&[&MODULES[..], &MORE_MODULES].concat()))
+            .write(&path("inner"));
         let mut outer = Initrd::with_guest(&rig, &modules(&HOST_MODULES));
         for (name, from) in PROGRAMS.iter().zip(&programs) {
             outer.file(&format!("bin/{name}"), from);
