@@ -10,7 +10,7 @@ use std::path::Path;
 use std::process::{Child, ChildStdout, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 
@@ -34,6 +34,15 @@ pub struct Capture {
     tcpdump: Child,
     said: Receiver<String>,
     frames: Option<JoinHandle<Vec<Frame>>>,
+    /// Frames that passed before the filter did its work: the kernel counts them as received, and nobody captures them.
+    unfiltered: usize,
+}
+
+/// What tcpdump has counted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Counters {
+    captured: usize,
+    received: usize,
 }
 
 impl Capture {
@@ -75,8 +84,14 @@ impl Capture {
                 .all(|line| sender.send(line).is_ok())
         });
         let frames = Some(thread::spawn(move || read_frames(stdout)));
-        let capture = Self { tcpdump, said, frames };
+        let mut capture = Self { tcpdump, said, frames, unfiltered: 0 };
         capture.hear("listening on ");
+        let ahead = |counters: Counters| counters.received - counters.captured;
+        let mut unfiltered = ahead(capture.count());
+        // One that is on its way is captured by and by.
+        while unfiltered != std::mem::replace(&mut capture.unfiltered, unfiltered) {
+            unfiltered = ahead(capture.count());
+        }
         capture
     }
 
@@ -85,19 +100,14 @@ impl Capture {
     /// # Panics
     /// If frames were dropped, or tcpdump has ended by itself.
     pub fn stop(mut self) -> Vec<Frame> {
-        let captured = loop {
-            // tcpdump answers this signal with its counters: "4 packets captured, 5 packets received by filter, …".
-            self.signal(Signal::USR1);
-            let counters = self.hear(" received by filter, ");
-            let counters: Vec<usize> =
-                counters.split_whitespace().filter_map(|word| word.parse().ok()).collect();
-            match *counters {
-                [captured, received, 0] if captured == received => break captured,
-                // What the kernel has counted is still on its way.
-                [_, _, 0] => {}
-                _ => panic!("a capture with holes: captured, received, dropped: {counters:?}"),
-            }
-        };
+        let began = Instant::now();
+        let mut counters = self.count();
+        // What the kernel has counted may still be on its way.
+        while counters.captured + self.unfiltered < counters.received {
+            assert!(began.elapsed() < ANSWER_LIMIT, "{counters:?}, {} unfiltered", self.unfiltered);
+            counters = self.count();
+        }
+        let captured = counters.captured;
         self.signal(Signal::TERM);
         let frames = self.frames.take().expect("it is taken once").join();
         let frames = frames.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
@@ -122,6 +132,18 @@ impl Capture {
         let status = tcpdump.wait().expect("our own child can be waited for");
         assert!(status.success(), "tcpdump cannot read {}: {status}", file.display());
         frames
+    }
+
+    /// Asks tcpdump for its counters: "4 packets captured, 5 packets received by filter, …".
+    fn count(&self) -> Counters {
+        self.signal(Signal::USR1);
+        let counters = self.hear(" received by filter, ");
+        let counters: Vec<usize> =
+            counters.split_whitespace().filter_map(|word| word.parse().ok()).collect();
+        match *counters {
+            [captured, received, 0] => Counters { captured, received },
+            _ => panic!("a capture with holes: captured, received, dropped: {counters:?}"),
+        }
     }
 
     fn signal(&self, signal: Signal) {
@@ -182,6 +204,8 @@ fn field(bytes: &[u8], at: usize) -> u32 {
 #[cfg(test)]
 mod tests {
     use std::net::UdpSocket;
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::thread;
 
     use super::Capture;
     use crate::{Checksum, Namespace, Rig};
@@ -224,5 +248,31 @@ mod tests {
             }
             assert!(frames.is_sorted_by_key(crate::Frame::time_ns));
         }
+    }
+
+    #[test]
+    fn capture_that_begins_amid_other_traffic_comes_to_its_end() {
+        let Some(rig) = Rig::find() else { return };
+        let (Some(here), Some(there)) = (Namespace::new(&rig), Namespace::new(&rig)) else {
+            return;
+        };
+        here.add_veth("eth0", &there, "eth0");
+        here.add_address("eth0", "10.0.0.1/24");
+        there.add_address("eth0", "10.0.0.2/24");
+        let socket = here.run(|| UdpSocket::bind("10.0.0.1:0")).expect("the address is there");
+        let has_begun = AtomicBool::new(false);
+        let capture = thread::scope(|scope| {
+            scope.spawn(|| {
+                while !has_begun.load(Ordering::Relaxed) {
+                    // Nobody is there, and says so.
+                    let _refused = socket.send_to(b"other", "10.0.0.2:9");
+                }
+            });
+            let capture = Capture::start(&here, "eth0", "udp port 7");
+            has_begun.store(true, Ordering::Relaxed);
+            capture
+        });
+        while socket.send_to(b"wanted", "10.0.0.2:7").is_err() {}
+        assert_eq!(capture.stop().len(), 1);
     }
 }
