@@ -14,6 +14,7 @@ use rustix::fs::{Gid, Mode};
 use thiserror::Error;
 
 use super::aio::Aio;
+use crate::virtqueue::MAX_QUEUE_SIZE;
 
 /// The most worker threads that `--threads` accepts: more than any machine gains from one device's
 /// queues, and few enough that their stacks and rings are no burden when somebody mistypes.
@@ -140,10 +141,6 @@ pub fn parse_group(text: &str) -> Result<Gid, ValueError> {
     }
 }
 
-/// Largest size of a split virtqueue.
-// VIRTIO 1.3, 2.7: The maximum Queue Size value is 32768. Queue Size value is always a power of 2.
-const QUEUE_SIZE_MAX: u16 = 32_768;
-
 /// A request, or a frame with its header, has at least two descriptors.
 const QUEUE_SIZE_MIN: u16 = 2;
 
@@ -153,11 +150,11 @@ const QUEUE_SIZE_MIN: u16 = 2;
 /// It is none.
 pub fn parse_queue_size(text: &str) -> Result<u16, String> {
     match text.parse::<u16>() {
-        Ok(size) if size.is_power_of_two() && (QUEUE_SIZE_MIN..=QUEUE_SIZE_MAX).contains(&size) => {
+        Ok(size) if size.is_power_of_two() && (QUEUE_SIZE_MIN..=MAX_QUEUE_SIZE).contains(&size) => {
             Ok(size)
         }
         _ => {
-            Err(format!("a queue size is a power of two from {QUEUE_SIZE_MIN} to {QUEUE_SIZE_MAX}"))
+            Err(format!("a queue size is a power of two from {QUEUE_SIZE_MIN} to {MAX_QUEUE_SIZE}"))
         }
     }
 }
