@@ -64,6 +64,23 @@ impl Machine {
         &self.console
     }
 
+    /// Whether the guest's kernel has come as far as its first program within this time. So has one that has ended.
+    pub fn is_up_within(&mut self, time: Duration) -> bool {
+        let until = Instant::now() + time;
+        loop {
+            match self.lines.recv_timeout(until.saturating_duration_since(Instant::now())) {
+                Ok(line) => {
+                    self.take(&line);
+                    if line.contains(guest::UP) {
+                        return true;
+                    }
+                }
+                Err(RecvTimeoutError::Timeout) => return false,
+                Err(RecvTimeoutError::Disconnected) => return true,
+            }
+        }
+    }
+
     /// Types a line on the console.
     ///
     /// # Panics

@@ -7,3 +7,6 @@ pub mod announcement;
 pub mod pattern;
 pub mod throughput;
 pub mod verdict;
+
+/// What the program says first: the kernel has come so far, and has no driver of ours yet.
+pub const UP: &str = "outboard: the kernel is up";

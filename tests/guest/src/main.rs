@@ -1,6 +1,6 @@
 //! PID 1 of a test guest.
 //!
-//! Contract: mounts proc, sys and dev, loads the modules in `/modules` by order of name, runs the check that the kernel
+//! Contract: says that it runs, mounts proc, sys and dev, loads the modules in `/modules` by order of name, runs the check that the kernel
 //! command line names, prints one verdict line on the console and powers off, whatever happens before. The words it reads
 //! from the command line are in [`parameters`].
 //!
@@ -13,11 +13,13 @@ mod parameters;
 
 use std::panic;
 
+use guest::UP;
 use guest::verdict::Verdict;
 
 use crate::parameters::Parameters;
 
 fn main() {
+    println!("{UP}");
     // A PID 1 that panics stops the kernel before the host has heard why.
     let outcome = panic::catch_unwind(run)
         .unwrap_or_else(|_| Err("the check panicked; see the console above".into()));
