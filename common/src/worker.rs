@@ -12,6 +12,7 @@ mod mailbox;
 #[cfg(any(test, feature = "simulation"))]
 pub(crate) mod manual;
 mod ring;
+mod roll_call;
 mod spin;
 
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
@@ -24,6 +25,7 @@ use tokio::sync::{mpsc, oneshot};
 pub use self::kick::{Kick, NoEventfd};
 use self::mailbox::Mailbox;
 use self::ring::{ActiveRing, Notice};
+pub use self::roll_call::RollCall;
 use self::spin::{LOOK_MAX, Spin};
 use crate::device::{Device, HostFault};
 use crate::engine::{Channels, Completion, Engine, EngineError, EngineKind, Event, Subject, Wait};
@@ -92,6 +94,7 @@ enum Command<Q> {
     SetMemory { index: u16, memory: Arc<MemoryMap>, settled: oneshot::Sender<()> },
     LimitsChanged,
     Look,
+    Answer(oneshot::Sender<()>),
     Quit,
 }
 
@@ -167,6 +170,11 @@ impl<D: Device> Workers<D> {
     /// What has all rings look at their channels.
     pub fn nudge(&self) -> Nudge<D::Queue> {
         Nudge(self.mailboxes())
+    }
+
+    /// What finds out whether all workers still turn.
+    pub fn roll_call(&self) -> RollCall<D::Queue> {
+        RollCall::of(self.mailboxes())
     }
 
     fn mailboxes(&self) -> Vec<Arc<Mailbox<Command<D::Queue>>>> {
@@ -501,6 +509,11 @@ impl<D: Device> Worker<D> {
                     }
                     continue;
                 }
+                Command::Answer(present) => {
+                    // Who asked may have given up.
+                    let _ = present.send(());
+                    continue;
+                }
                 Command::Start(mut ring) => {
                     ring.start(&mut *self.engine)?;
                     let index = usize::from(ring.index());
@@ -518,7 +531,11 @@ impl<D: Device> Worker<D> {
                     Command::SetCall { call, .. } => ring.set_call(call, &mut *self.engine)?,
                     Command::SetError { error, .. } => ring.set_error(error, &mut *self.engine)?,
                     Command::SetMemory { memory, settled, .. } => ring.set_memory(memory, settled),
-                    Command::Start(_) | Command::LimitsChanged | Command::Look | Command::Quit => {}
+                    Command::Start(_)
+                    | Command::LimitsChanged
+                    | Command::Look
+                    | Command::Answer(_)
+                    | Command::Quit => {}
                 }
             }
         }

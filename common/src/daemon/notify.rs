@@ -1,8 +1,10 @@
-//! What the service manager is told: that the daemon is ready, what it is doing, that it is
+//! What the service manager is told: that the daemon is ready, what it is doing, that it does its work, that it is
 //! stopping.
 //!
 //! Without `NOTIFY_SOCKET` in the environment all of this does nothing. A message that cannot be
 //! delivered is logged and forgotten: the manager's socket is no reason to deny a guest its device.
+
+use std::time::Duration;
 
 use sd_notify::NotifyState;
 use tracing::warn;
@@ -21,6 +23,16 @@ pub fn status(status: &str) {
 /// The daemon drains and will exit.
 pub fn stopping() {
     send(&[NotifyState::Stopping]);
+}
+
+/// The daemon does its work: the manager waits anew for as long as [`watchdog_limit`] says.
+pub fn alive() {
+    send(&[NotifyState::Watchdog]);
+}
+
+/// How long the manager waits for [`alive`] before it ends the process; `None`: it does not.
+pub fn watchdog_limit() -> Option<Duration> {
+    sd_notify::watchdog_enabled()
 }
 
 /// The protocol is lines of `NAME=value`: a line break in a path of the status would start another
@@ -49,6 +61,7 @@ mod tests {
         if std::env::var_os(CHILD).is_some() {
             super::ready("listening on /run/odd\nMAINPID=1");
             super::status("serving");
+            super::alive();
             super::stopping();
             return;
         }
@@ -71,6 +84,7 @@ mod tests {
         };
         assert_eq!(receive(), "READY=1\nSTATUS=listening on /run/odd MAINPID=1\n");
         assert_eq!(receive(), "STATUS=serving\n");
+        assert_eq!(receive(), "WATCHDOG=1\n");
         assert_eq!(receive(), "STOPPING=1\n");
     }
 }

@@ -24,7 +24,7 @@ use super::listener::{self, Endpoint, Sockets};
 use super::log::{self, RateLimit};
 use super::operator::Operator;
 use super::refresh::Refresher;
-use super::{DaemonOptions, notify};
+use super::{DaemonOptions, notify, watchdog};
 use crate::device::{Device, Runtime};
 use crate::memory::sigbus;
 use crate::metrics::{Identity, Metrics, Vocabulary};
@@ -190,6 +190,7 @@ impl<D: Device> Daemon<D> {
             }
         };
         let errands = Errands { refresher: &refresher, nudge: self.workers.nudge() };
+        let present = self.workers.roll_call();
         let front_ends = async {
             match vhost_user {
                 Endpoint::Listening(listener) => {
@@ -208,6 +209,7 @@ impl<D: Device> Daemon<D> {
             ended = front_ends => ended,
             never = operators => match never {},
             never = refresher.watch(refresh) => match never {},
+            never = watchdog::watch(&present) => match never {},
             never = &mut errands => match never {},
         };
         tokio::select! {
