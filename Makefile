@@ -4,12 +4,15 @@ PRODUCTS := $(or $(CARGO_TARGET_DIR),target)
 
 .PHONY: help
 help:
+	@echo 'make release    build the programs as they ship'
 	@echo 'make run        boot a Linux guest whose root disk, network and console our daemons serve, and get it'
 	@echo 'make test-fast  unit tests, conformance, an independent front end, User-Mode Linux guests'
 	@echo 'make test       everything that a change must pass'
 	@echo 'make fuzz       fuzz each target for 20 s (TIME=seconds, TARGET=one of them)'
 	@echo 'make bench      measure against other back ends (OPTIONS=what tests/bench/run --help lists)'
 	@echo 'make bench-net  the same for networks, as root (OPTIONS=what tests/bench/run net --help lists)'
+	@echo 'make install    install the programs and their units below PREFIX (/usr/local), in DESTDIR; make uninstall: take them away'
+	@echo 'make deb        make a Debian package of them in target/debian'
 	@echo 'make rig        fetch what guests are made of (the others do this by themselves)'
 
 .PHONY: run
@@ -37,6 +40,25 @@ bench: rig
 .PHONY: bench-net
 bench-net: rig guest
 	@tests/bench/run net $(OPTIONS)
+
+# What ships, as it ships.
+.PHONY: release
+release:
+	cargo build --release -p vhost-blk -p vhost-net -p vhost-console -p vmm
+
+# As root there is no building: `make release` before `sudo make install` leaves nothing of root's in the tree.
+PREFIX := /usr/local
+.PHONY: install
+install:
+	@PREFIX='$(PREFIX)' DESTDIR='$(DESTDIR)' packaging/install '$(PRODUCTS)/release'
+
+.PHONY: uninstall
+uninstall:
+	@PREFIX='$(PREFIX)' DESTDIR='$(DESTDIR)' packaging/install --remove
+
+.PHONY: deb
+deb: release
+	@packaging/deb '$(PRODUCTS)/release'
 
 .PHONY: rig
 rig:

@@ -7,6 +7,7 @@ mod dialogue;
 mod growth;
 mod limits;
 mod network;
+mod package;
 mod qemu;
 mod statistics;
 mod sudden_death;

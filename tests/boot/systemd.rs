@@ -27,7 +27,7 @@ use tests::{
 };
 
 /// Set inside, to the directory that both sides share.
-const INSIDE: &str = "OUTBOARD_TEST_SYSTEMD";
+pub(crate) const INSIDE: &str = "OUTBOARD_TEST_SYSTEMD";
 /// Four guests and a dozen unit starts take seconds; this is for a machine that does much else meanwhile.
 const LIMIT: Duration = Duration::from_secs(300);
 /// What `systemd-in-namespace` ends with where the machine cannot do it.
@@ -87,7 +87,7 @@ fn passes_inside(test: &str, shared: &Path, rig: &Rig) -> bool {
 }
 
 /// Runs a test that needs nothing of the machine but the rig inside.
-fn outside_with_the_rig(test: &str) {
+pub(crate) fn outside_with_the_rig(test: &str) {
     let Some(rig) = Rig::find() else { return };
     if lacks_root("systemd as PID 1 of a namespace") {
         return;
@@ -170,7 +170,7 @@ impl LoopDevice {
 /// In the namespace, as a unit of the systemd there.
 fn inside(shared: &Path) {
     let _journal = JournalOnPanic;
-    install("vhost-blk");
+    install();
     let guests = UserModeLinux::new(Rig::find().expect("the rig is bound into the namespace"));
     serves_a_file(&guests);
     comes_back_after_a_crash();
@@ -179,7 +179,7 @@ fn inside(shared: &Path) {
 }
 
 /// A failure is explained by what the units have said, and the journal ends with the namespace.
-struct JournalOnPanic;
+pub(crate) struct JournalOnPanic;
 
 impl Drop for JournalOnPanic {
     fn drop(&mut self) {
@@ -196,9 +196,14 @@ impl Drop for JournalOnPanic {
 }
 
 /// As `systemd/README.md` has it.
-fn install(name: &str) {
+fn install() {
     let project = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
-    run(Command::new(project.join("systemd/install")).arg(program(name)));
+    run(Command::new(project.join("packaging/install")).arg(folder(&program("vhost-blk"))));
+    take_notice();
+}
+
+/// Has the running system take notice of what was installed.
+pub(crate) fn take_notice() {
     run(Command::new("systemd-sysusers").arg("outboard.conf"));
     run(Command::new("systemd-tmpfiles").args(["--create", "outboard.conf"]));
     run(Command::new("systemctl").arg("daemon-reload"));
@@ -211,7 +216,7 @@ fn serves_a_file(guests: &UserModeLinux) {
     let options = "--serial from-systemd --num-queues 2";
     let description = format!("DISK=file:{}\nOPTIONS={options}\n", image.path().display());
     configure("blk", "file", &description);
-    verify("vhost-blk@file");
+    verify("vhost-blk@file", 10);
 
     let socket = Path::new("/run/outboard/blk/file.sock");
     starts_when_a_vmm_connects("vhost-blk@file", socket);
@@ -225,7 +230,7 @@ fn serves_a_file(guests: &UserModeLinux) {
 }
 
 /// Starts the socket unit, and by it, as the first VMM that connects, the daemon. Nobody else may.
-fn starts_when_a_vmm_connects(instance: &str, socket: &Path) {
+pub(crate) fn starts_when_a_vmm_connects(instance: &str, socket: &Path) {
     let service = format!("{instance}.service");
     systemctl(&["start", &format!("{instance}.socket")]);
     let metadata = fs::metadata(socket).expect("the socket unit has made it");
@@ -329,13 +334,14 @@ fn says_what_is_wrong_with_its_configuration() {
     Machine::start(journal, LIMIT).wait_for("--disk");
 }
 
-/// The verdict of systemd itself on the installed files.
-fn verify(instance: &str) {
+/// The verdict of systemd itself on the installed files: that they are right, and what the unit is exposed to, in tenths of
+/// the figure that `systemd-analyze` gives.
+pub(crate) fn verify(instance: &str, exposure_max: u32) {
     let units = ["service", "socket"].map(|kind| format!("{instance}.{kind}"));
     let verdict = output(
         Command::new("systemd-analyze")
             .args(["verify", "--man=no", "--recursive-errors=yes"])
-            .args(units),
+            .args(&units),
     );
     let words = text(&verdict.stdout) + &text(&verdict.stderr);
     assert!(
@@ -343,9 +349,12 @@ fn verify(instance: &str) {
         "systemd-analyze verify: {}: {words}",
         verdict.status
     );
+    run(Command::new("systemd-analyze")
+        .args(["security", "--offline=true", &format!("--threshold={exposure_max}")])
+        .arg(&units[0]));
 }
 
-fn configure(device: &str, instance: &str, description: &str) {
+pub(crate) fn configure(device: &str, instance: &str, description: &str) {
     fs::write(format!("/etc/outboard/{device}/{instance}.conf"), description).expect("root may");
 }
 
@@ -415,26 +424,26 @@ fn group(name: &str) -> u32 {
     gid.parse().expect("a group's number")
 }
 
-fn show(unit: &str, property: &str) -> String {
+pub(crate) fn show(unit: &str, property: &str) -> String {
     text(
         &output(Command::new("systemctl").args(["show", "--value", "--property", property, unit]))
             .stdout,
     )
 }
 
-fn systemctl(arguments: &[&str]) {
+pub(crate) fn systemctl(arguments: &[&str]) {
     run(Command::new("systemctl").args(arguments));
 }
 
-fn run(command: &mut Command) {
+pub(crate) fn run(command: &mut Command) {
     let result = output(command);
     assert!(result.status.success(), "{command:?}: {}\n{}", result.status, text(&result.stderr));
 }
 
-fn output(command: &mut Command) -> Output {
+pub(crate) fn output(command: &mut Command) -> Output {
     command.output().unwrap_or_else(|error| panic!("cannot run {command:?}: {error}"))
 }
 
-fn text(bytes: &[u8]) -> String {
+pub(crate) fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).trim_end().to_owned()
 }

@@ -28,10 +28,10 @@ fn installed_units_serve_a_console_that_is_attached_to() {
 /// In the namespace, as a unit of the systemd there.
 fn inside() {
     let _journal = JournalOnPanic;
-    install("vhost-console");
-    let example = fs::read_to_string("/usr/share/doc/outboard/example-console.conf");
+    install();
+    let example = fs::read_to_string("/usr/local/share/doc/outboard/example-console.conf");
     configure("console", "web", &example.expect("it is installed").replace("NAME", "web"));
-    verify("vhost-console@web");
+    verify("vhost-console@web", 10);
     let socket = Path::new("/run/outboard/console/web.sock");
     starts_when_a_vmm_connects("vhost-console@web", socket);
     assert_is_confined(&show(SERVICE, "MainPID"), Capabilities::NONE);

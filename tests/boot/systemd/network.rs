@@ -36,7 +36,7 @@ fn installed_units_serve_taps_to_guests() {
 /// In the namespace, as a unit of the systemd there; the network is the namespace's, too.
 fn inside() {
     let _journal = JournalOnPanic;
-    install("vhost-net");
+    install();
     let rig = Rig::find().expect("the rig is bound into the namespace");
     let host = Host::new(&rig);
     let guests = UserModeLinux::with_network(rig.clone());
@@ -73,7 +73,7 @@ impl<'a> Host<'a> {
 fn serves_a_tap_of_its_own(host: &Host<'_>, guests: &UserModeLinux) {
     let mac = "52:54:00:12:34:56";
     configure("net", "made", &format!("BACKEND=tap=made\nOPTIONS=--bridge br0 --mac {mac}\n"));
-    verify("vhost-net@made");
+    verify("vhost-net@made", 20);
     let socket = Path::new("/run/outboard/net/made.sock");
     starts_when_a_vmm_connects("vhost-net@made", socket);
     assert_is_confined(&show("vhost-net@made.service", "MainPID"), Capabilities::NET_ADMIN);
@@ -100,7 +100,7 @@ fn serves_a_tap_of_its_account_s(host: &Host<'_>, guests: &UserModeLinux) {
     fs::create_dir_all(drop_in).expect("root may");
     fs::write(drop_in.join("override.conf"), WITHOUT_CAPABILITIES).expect("root may");
     systemctl(&["daemon-reload"]);
-    verify("vhost-net@lasting");
+    verify("vhost-net@lasting", 10);
 
     let socket = Path::new("/run/outboard/net/lasting.sock");
     starts_when_a_vmm_connects("vhost-net@lasting", socket);
