@@ -6,6 +6,7 @@
 //! killed.
 
 mod console;
+mod life;
 mod network;
 
 use std::env;
