@@ -53,6 +53,7 @@ fn no_request_passes_through_the_vmm() {
     host.start(&format!("--memory 256M --vcpus 4 {DEVICES}"), WORDS);
     assert_eq!(host.announcement(), Announcement::Loaded);
     host.run("head -n 1 /run/tty | grep 'the machine is up'");
+    every_thread_is_confined(&mut host);
     let before = host.statistics();
     type_on_console(&mut host, "begin");
     host.run_for(LOAD);
@@ -66,6 +67,11 @@ fn no_request_passes_through_the_vmm() {
     assert_eq!(word(&found, "processors"), Some("4"), "{found}");
     host.finish();
     host.end();
+}
+
+/// Every thread of the VMM has a filter of its system calls (2: `SECCOMP_MODE_FILTER`).
+fn every_thread_is_confined(host: &mut Host) {
+    host.run("! grep -L 'Seccomp:.2' /proc/$(pidof outboard-vmm)/task/*/status | grep .");
 }
 
 /// Ends the load and returns how many requests there were.

@@ -11,6 +11,7 @@ use clap::{CommandFactory, Parser};
 use crate::front_end::{DeviceConfig, Kind};
 use crate::layout::PCI_DEVICES_MAX;
 use crate::memory::{LEN_MAX, LEN_MIN, LEN_UNIT};
+use crate::seccomp::Sandbox;
 
 /// What Linux asks for at most; a daemon is sent no larger.
 const QUEUE_SIZE: u16 = 256;
@@ -32,6 +33,7 @@ pub(crate) struct Options {
     pub(crate) affinity: Vec<usize>,
     /// What happens when the guest restarts its machine.
     pub(crate) reboots: bool,
+    pub(crate) sandbox: Sandbox,
     /// In the order of their places on the bus.
     pub(crate) devices: Vec<DeviceConfig>,
 }
@@ -64,6 +66,7 @@ pub(crate) fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Opt
         vcpu_count,
         affinity: line.vcpu_affinity,
         reboots: !line.no_reboot,
+        sandbox: line.sandbox,
         devices,
     })
 }
@@ -119,6 +122,9 @@ struct CommandLine {
     /// End when the guest restarts its machine
     #[arg(long)]
     no_reboot: bool,
+    /// What becomes of a system call that its thread has no need of: it ends the process, the kernel logs it, or nothing
+    #[arg(long, value_name = "MODE", value_enum, default_value_t = Sandbox::On)]
+    sandbox: Sandbox,
 }
 
 fn parse_block(text: &str) -> Result<DeviceConfig, String> {

@@ -4,7 +4,8 @@
 //! here: the guest's [addresses](layout) and [what answers to them](bus), [its processors](vcpu) and
 //! [what is in their registers](cpu), [the kernel](loader) and [the tables](acpi) that it reads, and
 //! [the machine](machine) that is made of all this. Its devices are functions [on PCI](pci), of [virtio's kind](virtio),
-//! each with [a front end](front_end) that keeps its daemon, and with [interrupts] that KVM delivers.
+//! each with [a front end](front_end) that keeps its daemon, and with [interrupts] that KVM delivers. Each thread makes
+//! [the system calls](seccomp) that it needs, and no others.
 
 mod acpi;
 mod args;
@@ -22,6 +23,7 @@ mod memory;
 mod pci;
 mod power;
 mod readiness;
+mod seccomp;
 mod serial;
 mod vcpu;
 mod virtio;

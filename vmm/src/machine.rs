@@ -31,6 +31,7 @@ use crate::loader::{self, Images};
 use crate::memory::{self, Memory, errno, ranges_of};
 use crate::pci::{self, Devices};
 use crate::power::{KeyboardController, Outcome, Power, SleepAndReset, install_firmware};
+use crate::seccomp::{Role, Sandbox, confine};
 use crate::serial::{self, Com1};
 use crate::vcpu::{Crew, Exits, Processor, Surroundings};
 
@@ -135,8 +136,9 @@ impl Machine {
         vm.register_irqfd(&power_button, POWER_IRQ).map_err(kvm_error("an interrupt"))?;
         let processors = make_processors(&kvm, &vm, &options)?;
         let exits = processors.iter().map(|processor| processor.exits.clone()).collect();
-        let devices = Devices::new(vm.clone(), memory.guest().clone(), options.devices.clone())?;
-        let surroundings = Arc::new(surround(&vm, &power, &devices)?);
+        let (sandbox, configs) = (options.sandbox, options.devices.clone());
+        let devices = Devices::new(vm.clone(), memory.guest().clone(), configs, sandbox)?;
+        let surroundings = Arc::new(surround(&vm, &power, &devices, sandbox)?);
         let irqchips = read_irqchips(&vm)?;
         Ok(Self {
             options,
@@ -161,6 +163,8 @@ impl Machine {
         if !self.await_daemons()? {
             return Ok(End::Plug);
         }
+        // All files are open, and all threads that need more than this one may are there.
+        confine(Role::Main, self.options.sandbox);
         loop {
             let crew = self.start()?;
             let end = self.attend(&crew);
@@ -308,7 +312,12 @@ fn make_processors(kvm: &Kvm, vm: &VmFd, options: &Options) -> Result<Vec<Proces
 }
 
 /// Puts everything where [`crate::layout`] has it.
-fn surround(vm: &VmFd, power: &Arc<Power>, devices: &Devices) -> Result<Surroundings, Error> {
+fn surround(
+    vm: &VmFd,
+    power: &Arc<Power>,
+    devices: &Devices,
+    sandbox: Sandbox,
+) -> Result<Surroundings, Error> {
     let mut ports = Bus::default();
     let places: [(_, Arc<dyn Region>); 3] = [
         (SERIAL_PORTS, Arc::new(Com1::new(vm)?)),
@@ -322,7 +331,7 @@ fn surround(vm: &VmFd, power: &Arc<Power>, devices: &Devices) -> Result<Surround
     for (range, region) in [(ECAM, devices.ecam()), (PCI_WINDOW, devices.window())] {
         memory.insert(range.start, range.end - range.start, region)?;
     }
-    Ok(Surroundings { ports, memory, power: power.clone() })
+    Ok(Surroundings { ports, memory, power: power.clone(), sandbox })
 }
 
 fn read_irqchips(vm: &VmFd) -> Result<Vec<kvm_irqchip>, Error> {

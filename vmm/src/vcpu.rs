@@ -21,6 +21,7 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 use crate::bus::Bus;
 use crate::cpu::PowerOn;
 use crate::power::{Outcome, Power};
+use crate::seccomp::{Role, Sandbox, confine};
 
 /// How long to wait before the signal is sent again.
 const SIGNAL_INTERVAL: Duration = Duration::from_millis(2);
@@ -78,6 +79,7 @@ pub(crate) struct Surroundings {
     pub(crate) ports: Bus,
     pub(crate) memory: Bus,
     pub(crate) power: Arc<Power>,
+    pub(crate) sandbox: Sandbox,
 }
 
 /// A processor that does not run.
@@ -210,6 +212,7 @@ impl Processor {
                 surroundings.power.end(Outcome::Failed(why));
             }
         }
+        confine(Role::Processor, surroundings.sandbox);
         loop {
             if !gate.is_open() {
                 if !gate.pass() {

@@ -45,6 +45,7 @@ use self::session::Offer;
 use self::setup::Setup;
 pub(crate) use self::watchdog::Watchdog;
 use crate::interrupts::Call;
+use crate::seccomp::{Role, Sandbox, confine};
 
 /// Writes to the configuration space that wait for the daemon; what is more is lost. A driver waits for none of them, and
 /// makes them one by one: a console's emergency bytes are the most.
@@ -134,11 +135,15 @@ impl FrontEnd {
         memory: GuestMemoryMmap,
         watchdog: Arc<Watchdog>,
         limits: Limits,
+        sandbox: Sandbox,
     ) -> io::Result<Self> {
         let shared = Arc::new(Shared::new(&config)?);
         let keeper = Keeper::new(Arc::clone(&shared), config.socket, memory, watchdog, limits);
         let thread = std::thread::Builder::new().name("front-end".to_owned());
-        let thread = Some(thread.spawn(move || keeper.run())?);
+        let thread = Some(thread.spawn(move || {
+            confine(Role::FrontEnd, sandbox);
+            keeper.run();
+        })?);
         Ok(Self { shared, thread })
     }
 

@@ -13,6 +13,8 @@ use std::time::{Duration, Instant};
 
 use tracing::warn;
 
+use crate::seccomp::{Role, Sandbox, confine};
+
 /// The watch over all sockets.
 pub(crate) struct Watchdog {
     shared: Arc<Shared>,
@@ -45,11 +47,14 @@ pub(crate) struct Guard {
 }
 
 impl Watchdog {
-    pub(crate) fn new() -> io::Result<Self> {
+    pub(crate) fn new(sandbox: Sandbox) -> io::Result<Self> {
         let shared = Arc::<Shared>::default();
         let watched = Arc::clone(&shared);
         let thread = std::thread::Builder::new().name("watchdog".to_owned());
-        let thread = Some(thread.spawn(move || watched.watch())?);
+        let thread = Some(thread.spawn(move || {
+            confine(Role::Watchdog, sandbox);
+            watched.watch();
+        })?);
         Ok(Self { shared, thread })
     }
 
@@ -122,11 +127,11 @@ mod tests {
     use std::sync::Arc;
     use std::time::Duration;
 
-    use super::Watchdog;
+    use super::{Sandbox, Watchdog};
 
     #[test]
     fn silence_beyond_the_limit_ends_the_wait_and_only_that_one() {
-        let watchdog = Watchdog::new().expect("a thread");
+        let watchdog = Watchdog::new(Sandbox::On).expect("a thread");
         let pair = || UnixStream::pair().map(|(a, b)| (Arc::new(a), b)).expect("sockets");
         let ((silent, _peer), (patient, mut other)) = (pair(), pair());
         let _long = watchdog.guard(&patient, Duration::from_secs(600));
@@ -139,7 +144,7 @@ mod tests {
 
     #[test]
     fn wait_that_ended_in_time_is_forgotten() {
-        let watchdog = Watchdog::new().expect("a thread");
+        let watchdog = Watchdog::new(Sandbox::On).expect("a thread");
         let (socket, mut peer) = UnixStream::pair().expect("sockets");
         let socket = Arc::new(socket);
         drop(watchdog.guard(&socket, Duration::from_millis(1)));

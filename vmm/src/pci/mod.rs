@@ -31,6 +31,7 @@ use crate::bus::Region;
 use crate::front_end::{Counts, DeviceConfig, FrontEnd, Limits, Watchdog};
 use crate::interrupts::{Interrupts, Vm};
 use crate::layout;
+use crate::seccomp::Sandbox;
 use crate::virtio::transport::{self, BAR_BYTES, Function};
 
 /// A page for each function, eight functions for each device.
@@ -83,8 +84,9 @@ impl Devices {
         vm: Arc<dyn Vm>,
         memory: GuestMemoryMmap,
         configs: Vec<DeviceConfig>,
+        sandbox: Sandbox,
     ) -> Result<Self, Error> {
-        Self::with_limits(vm, memory, configs, Limits::default())
+        Self::with_limits(vm, memory, configs, Limits::default(), sandbox)
     }
 
     fn with_limits(
@@ -92,13 +94,15 @@ impl Devices {
         memory: GuestMemoryMmap,
         configs: Vec<DeviceConfig>,
         limits: Limits,
+        sandbox: Sandbox,
     ) -> Result<Self, Error> {
         if configs.len() >= layout::PCI_DEVICES_MAX {
             return Err(Error::TooMany(configs.len()));
         }
-        let watchdog = Arc::new(Watchdog::new()?);
+        let watchdog = Arc::new(Watchdog::new(sandbox)?);
         let front_ends = configs.into_iter().map(|config| {
-            FrontEnd::new(config, memory.clone(), Arc::clone(&watchdog), limits).map(Arc::new)
+            let (memory, watchdog) = (memory.clone(), Arc::clone(&watchdog));
+            FrontEnd::new(config, memory, watchdog, limits, sandbox).map(Arc::new)
         });
         let front_ends = front_ends.collect::<io::Result<Vec<_>>>()?;
         Ok(Self::of(vm, memory, front_ends))

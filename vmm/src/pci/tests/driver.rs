@@ -19,6 +19,7 @@ use crate::front_end::{DeviceConfig, Kind, Limits};
 use crate::interrupts::fake::FakeVm;
 use crate::layout;
 use crate::readiness::wait_for;
+use crate::seccomp::Sandbox;
 
 /// A daemon under test answers within this, or is broken.
 pub(super) const LIMIT: Duration = Duration::from_secs(20);
@@ -66,8 +67,9 @@ impl Guest {
         let ranges = [(GuestAddress(0), MEMORY_BYTES, Some(file))];
         let memory = GuestMemoryMmap::from_ranges_with_files(ranges).expect("memory");
         let vm = Arc::new(FakeVm::default());
-        let devices = Devices::with_limits(Arc::clone(&vm) as _, memory.clone(), configs, limits)
-            .expect("devices");
+        let (kvm, to_daemons) = (Arc::clone(&vm), memory.clone());
+        let devices = Devices::with_limits(kvm, to_daemons, configs, limits, Sandbox::On);
+        let devices = devices.expect("devices");
         let (ecam, window) = (devices.ecam(), devices.window());
         Self { memory, vm, devices, ecam, window, free: AtomicU64::new(FIRST_FREE) }
     }
