@@ -1,5 +1,6 @@
 //! Our own VMM: stock kernels on KVM, and devices that are all other processes, which die and come back.
 
+mod accelerator;
 mod nested;
 
 use std::time::Duration;

@@ -1,4 +1,4 @@
-//! A host for virtual machines within an emulated one: QEMU's software processor has AMD's virtualisation, so that a stock
+//! A host for virtual machines within a machine of QEMU's, whose processor has virtualisation ([`accelerator`]): a stock
 //! kernel in it has KVM, and our VMM, with our daemons, runs a second stock kernel there.
 //!
 //! Contract: a [`Host`] does what is typed (the guest package's check "console": scripts of a shell), and shows what its
@@ -12,6 +12,7 @@ use guest::announcement::Announcement;
 use serde_json::Value;
 use tests::{Initrd, KernelRelease, Machine, Rig, TempDir, cannot_run, temp_dir};
 
+use super::accelerator::accelerator;
 use crate::qemu::emulator::MODULES;
 
 /// A nested machine is up after 15 s: this is for a host that does much else meanwhile.
@@ -20,8 +21,8 @@ const LIMIT: Duration = Duration::from_secs(180);
 const MEMORY: &str = "2048M";
 const PROCESSORS: &str = "2";
 const KERNEL_WORDS: &str = "console=ttyS0 quiet panic=-1 no_timer_check check=console";
-/// What makes the outer machine a host.
-const HOST_MODULES: [&str; 4] = ["irqbypass", "kvm", "kvm-amd", "tun"];
+/// What makes the outer machine a host, beside KVM's module for its processor.
+const HOST_MODULES: [&str; 3] = ["irqbypass", "kvm", "tun"];
 /// Drivers of the inner machine, beside those that all machines have.
 const MORE_MODULES: [&str; 3] = ["virtio_console", "button", "evdev"];
 /// Our programs, which are linked statically for this.
@@ -43,6 +44,7 @@ impl Host {
             cannot_run("our static programs are missing: run `make nested`");
             return None;
         };
+        let accelerator = accelerator();
         let directory = temp_dir();
         let path = |name: &str| directory.path().join(name);
         let release = KernelRelease::Stable;
@@ -51,7 +53,10 @@ impl Host {
         };
         Initrd::with_guest(&rig, &modules(&[&MODULES[..], &MORE_MODULES].concat()))
             .write(&path("inner"));
-        let mut outer = Initrd::with_guest(&rig, &modules(&HOST_MODULES));
+        let mut outer = Initrd::with_guest(
+            &rig,
+            &modules(&[&HOST_MODULES[..], &[accelerator.module]].concat()),
+        );
         for (name, from) in PROGRAMS.iter().zip(&programs) {
             outer.file(&format!("bin/{name}"), from);
         }
@@ -60,8 +65,9 @@ impl Host {
         outer.write(&path("outer"));
         let mut command = rig.tool("qemu-system-x86_64");
         command
-            .args(["-accel", "tcg", "-cpu", "max", "-nodefaults", "-no-user-config"])
-            .args(["-display", "none", "-serial", "stdio", "-no-reboot"])
+            .args(accelerator.arguments)
+            .args(["-nodefaults", "-no-user-config", "-no-reboot"])
+            .args(["-display", "none", "-serial", "stdio"])
             .args(["-m", MEMORY, "-smp", PROCESSORS, "-append", KERNEL_WORDS])
             .arg("-kernel")
             .arg(rig.kernel(release))
