@@ -11,6 +11,7 @@ help:
 	@echo 'make fuzz       fuzz each target for 20 s (TIME=seconds, TARGET=one of them)'
 	@echo 'make bench      measure against other back ends (OPTIONS=what tests/bench/run --help lists)'
 	@echo 'make bench-net  the same for networks, as root (OPTIONS=what tests/bench/run net --help lists)'
+	@echo 'make bench-vmm  the same for our VMM: its start and its memory, beside QEMU (ROUNDS=number)'
 	@echo 'make install    install the programs and their units below PREFIX (/usr/local), in DESTDIR; make uninstall: take them away'
 	@echo 'make deb        make a Debian package of them in target/debian'
 	@echo 'make rig        fetch what guests are made of (the others do this by themselves)'
@@ -40,6 +41,12 @@ bench: rig
 .PHONY: bench-net
 bench-net: rig guest
 	@tests/bench/run net $(OPTIONS)
+
+# How often each machine boots.
+ROUNDS := 5
+.PHONY: bench-vmm
+bench-vmm: rig nested
+	@OUTBOARD_FIGURES=$(ROUNDS) cargo test -q -p tests --test boot -- --nocapture --test-threads 1 vmm::figures vmm::no_request
 
 # What ships, as it ships.
 .PHONY: release

@@ -25,6 +25,8 @@ const KERNEL_WORDS: &str = "console=ttyS0 quiet panic=-1 no_timer_check check=co
 const HOST_MODULES: [&str; 3] = ["irqbypass", "kvm", "tun"];
 /// Drivers of the inner machine, beside those that all machines have.
 const MORE_MODULES: [&str; 3] = ["virtio_console", "button", "evdev"];
+/// Sums what is resident of a process, but for what it shares as guest memory.
+const RESIDENT: &str = "awk '/^[0-9a-f]+-/ { guest = /memfd:/ } /^Rss:/ && !guest { sum += $2 } END { print \"resident KiB\", sum }'";
 /// Our programs, which are linked statically for this.
 const PROGRAMS: [&str; 4] = ["outboard-vmm", "vhost-blk", "vhost-net", "vhost-console"];
 
@@ -38,6 +40,11 @@ pub(super) struct Host {
 impl Host {
     /// Boots it. `None`: it cannot run here, and has said why.
     pub(super) fn boot() -> Option<Self> {
+        Self::boot_with(|_, _| ())
+    }
+
+    /// Boots one that has more in its initial RAM disk.
+    pub(super) fn boot_with(add: impl FnOnce(&Rig, &mut Initrd)) -> Option<Self> {
         let rig = Rig::find()?;
         let Some(programs) = PROGRAMS.iter().map(|name| program(name)).collect::<Option<Vec<_>>>()
         else {
@@ -62,6 +69,7 @@ impl Host {
         }
         outer.file("kernel", &rig.kernel(release));
         outer.file("initrd", &path("inner"));
+        add(&rig, &mut outer);
         outer.write(&path("outer"));
         let mut command = rig.tool("qemu-system-x86_64");
         command
@@ -113,12 +121,31 @@ impl Host {
 
     /// Asks the VMM for its statistics.
     pub(super) fn statistics(&mut self) -> Value {
-        self.machine.type_line("run kill -HUP $(pidof outboard-vmm)");
-        // Either comes first.
-        let done = Announcement::Done.to_string();
-        let [line, _] = self.machine.wait_for_each(["\"starts\"", &done]);
+        let line = self.ask("run kill -HUP $(pidof outboard-vmm)", "\"starts\"");
         let json = &line[line.find('{').expect("the statistics are an object")..];
         serde_json::from_str(json).unwrap_or_else(|error| panic!("{error} in {line:?}"))
+    }
+
+    /// Types a line that is done soon; returns the line with this text that comes meanwhile.
+    pub(super) fn ask(&mut self, line: &str, text: &str) -> String {
+        self.machine.type_line(line);
+        // Either comes first.
+        let done = Announcement::Done.to_string();
+        let [answer, _] = self.machine.wait_for_each([text, &done]);
+        answer
+    }
+
+    /// The resident memory of the one process of this name, without its guest's.
+    pub(super) fn resident_kib(&mut self, name: &str) -> u64 {
+        let line =
+            self.ask(&format!("run {RESIDENT} /proc/$(pidof {name})/smaps"), "resident KiB ");
+        let number = line.split_whitespace().nth(2).and_then(|number| number.parse().ok());
+        number.unwrap_or_else(|| panic!("no number in {line:?}"))
+    }
+
+    /// Waits for a line with this text, and returns it.
+    pub(super) fn wait_for(&mut self, text: &str) -> String {
+        self.machine.wait_for(text)
     }
 
     /// The next announcement, of the virtual machine or of the host.
