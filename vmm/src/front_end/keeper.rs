@@ -165,7 +165,7 @@ impl Keeper {
                 let is_other = known.config != offer.config;
                 known.config = offer.config;
                 if is_other {
-                    state.generation = state.generation.wrapping_add(1);
+                    state.has_unread = true;
                     state.raise_config();
                 }
             }
@@ -324,7 +324,7 @@ impl Keeper {
         let Some(offer) = &mut state.offer else { return Ok(()) };
         if is_told || offer.config != config {
             offer.config = config;
-            state.generation = state.generation.wrapping_add(1);
+            state.has_unread = true;
             state.raise_config();
         }
         Ok(())

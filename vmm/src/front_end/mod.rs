@@ -112,6 +112,8 @@ struct State {
     /// What the first daemon said, and what the last one has in its configuration space.
     offer: Option<Offer>,
     generation: u8,
+    /// The configuration has changed, and the driver has read nothing of it since.
+    has_unread: bool,
     /// The configuration has changed since the driver has last asked.
     has_changed: bool,
     config_call: Option<Call>,
@@ -218,7 +220,12 @@ impl FrontEnd {
     pub(crate) fn read_config(&self, offset: u64, data: &mut [u8]) {
         data.fill(0);
         let at = usize::try_from(offset).unwrap_or(usize::MAX);
-        let state = self.shared.state();
+        let mut state = self.shared.state();
+        // VIRTIO 1.3, 4.1.4.3.1: the device MUST present a changed config_generation after the driver has read a value that
+        // has changed. With a count of all changes, 256 of them would be none.
+        if std::mem::take(&mut state.has_unread) {
+            state.generation = state.generation.wrapping_add(1);
+        }
         let config = state.offer.iter().flat_map(|offer| &offer.config);
         for (into, from) in data.iter_mut().zip(config.skip(at)) {
             *into = *from;
@@ -248,7 +255,7 @@ impl FrontEnd {
         self.shared.wake();
     }
 
-    /// Counts changes of the configuration.
+    /// Another number each time that the driver has read of a configuration which has changed.
     pub(crate) fn generation(&self) -> u8 {
         self.shared.state().generation
     }

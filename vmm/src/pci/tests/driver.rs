@@ -163,6 +163,16 @@ impl<'a> Driver<'a> {
         self.guest.write(self.common + 20, &[status]);
     }
 
+    /// Has changes of the configuration interrupt by this vector, or by none.
+    pub(super) fn set_config_vector(&self, vector: u16) {
+        self.guest.write(self.common + 16, &vector.to_le_bytes());
+        assert_eq!(u16::from_le_bytes(self.guest.read(self.common + 16)), vector);
+    }
+
+    pub(super) fn generation(&self) -> u8 {
+        self.guest.read::<1>(self.common + 21)[0]
+    }
+
     pub(super) fn offered(&self) -> u64 {
         let half = |select: u32| {
             self.guest.write(self.common, &select.to_le_bytes());
@@ -183,7 +193,7 @@ impl<'a> Driver<'a> {
         }
         self.set_status(11);
         assert_eq!(self.status(), 11, "the features are fine");
-        self.guest.write(self.common + 16, &0u16.to_le_bytes());
+        self.set_config_vector(0);
         self.unmask(0);
         features
     }
@@ -199,6 +209,11 @@ impl<'a> Driver<'a> {
 
     /// Describes and enables a queue, with a vector of its own.
     pub(super) fn queue(&self, index: u16, size: u16) -> Queue<'a> {
+        self.queue_with_vector(index, size, index + 1)
+    }
+
+    /// The same, but that another vector, or none, is the queue's.
+    pub(super) fn queue_with_vector(&self, index: u16, size: u16, vector: u16) -> Queue<'a> {
         let guest = self.guest;
         let [table, available, used] = [16, 2, 8].map(|entry| {
             let len = usize::from(size) * entry + 6;
@@ -208,8 +223,8 @@ impl<'a> Driver<'a> {
         });
         guest.write(self.common + 22, &index.to_le_bytes());
         guest.write(self.common + 24, &size.to_le_bytes());
-        guest.write(self.common + 26, &(index + 1).to_le_bytes());
-        assert_eq!(u16::from_le_bytes(guest.read(self.common + 26)), index + 1);
+        guest.write(self.common + 26, &vector.to_le_bytes());
+        assert_eq!(u16::from_le_bytes(guest.read(self.common + 26)), vector);
         self.unmask(index + 1);
         for (offset, address) in [(32, table), (40, available), (48, used)] {
             guest.write(self.common + offset, &(address as u32).to_le_bytes());

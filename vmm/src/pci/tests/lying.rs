@@ -282,6 +282,24 @@ fn requests_of_a_daemon_are_answered_refused_or_end_the_connection() {
 }
 
 #[test]
+fn configuration_that_has_changed_256_times_is_another_generation() {
+    let directory = temp_dir();
+    let socket = directory.path().join("socket");
+    let daemon = Scripted::new(&socket, vec![Script::default()]);
+    let guest = Guest::new(vec![device(Kind::Block, &socket)], quick());
+    let driver = driven(&guest);
+    let (mut channel, _) = daemon.wait_served();
+    let (call, before) = (driver.call(0), driver.generation());
+    for _ in 0..256 {
+        channel.write_all(&ask(CONFIG_CHANGE, 1, 0, &[])).expect("sent");
+        assert!(wait_readable(&call, LIMIT), "the driver is told");
+        call.iter().for_each(|call| drop(call.read()));
+    }
+    let _config: [u8; 8] = driver.device_config(0);
+    assert_ne!(driver.generation(), before);
+}
+
+#[test]
 fn daemon_that_makes_shared_eventfds_full_and_waiting_holds_nobody_else_up() {
     let directory = temp_dir();
     let socket = directory.path().join("socket");
