@@ -383,6 +383,10 @@ mod tests {
         assert_eq!(status(&mut common, 11), (None, 11));
         accept(&mut common, VIRTIO_F_VERSION_1);
         assert_eq!(common.features(), VIRTIO_F_VERSION_1 | 1 << 5);
+        for (select, expected) in [(0u32, 1u32 << 5), (1, 1), (2, 0)] {
+            common.write(8, &select.to_le_bytes());
+            assert_eq!(u32::from_le_bytes(read(&common, 12)), expected, "it reads what it wrote");
+        }
         assert_eq!(status(&mut common, 15), (Some(Effect::Start), 15));
         assert_eq!(status(&mut common, 15), (None, 15), "it starts once");
         assert_eq!(status(&mut common, 1), (None, 15), "bits are not taken back");
@@ -449,6 +453,9 @@ mod tests {
     fn reset_is_over_when_the_daemon_has_let_go() {
         let mut common = common();
         accept(&mut common, VIRTIO_F_VERSION_1);
+        for (offset, value) in [(16, 1u16), (24, 64), (26, 1), (28, 1)] {
+            common.write(offset, &value.to_le_bytes());
+        }
         assert_eq!(status(&mut common, 15).1, 15);
         assert_eq!(status(&mut common, 0), (Some(Effect::Reset), 15));
         assert_eq!(status(&mut common, 1), (None, 15), "nothing counts before");
@@ -456,6 +463,8 @@ mod tests {
         common.finish_reset();
         assert_eq!(read::<1>(&common, 20), [0]);
         assert_eq!((common.features(), word(&common, 16)), (0, VIRTIO_MSI_NO_VECTOR));
+        let queue = [24, 26, 28].map(|offset| word(&common, offset));
+        assert_eq!(queue, [256, VIRTIO_MSI_NO_VECTOR, 0], "its size, its vector, and disabled");
     }
 
     #[test]

@@ -10,7 +10,10 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::driver::{Buffer, Driver, Guest, LIMIT, Queue, VERSION_1, device, quick, wait_readable};
 use crate::front_end::Kind;
+use crate::virtio::common::VIRTIO_MSI_NO_VECTOR;
 
+/// An interrupt that comes at all comes within this.
+const QUIET: Duration = Duration::from_millis(50);
 const SECTORS: u64 = 2048;
 const SECTOR_BYTES: u32 = 512;
 const VIRTIO_BLK_T_IN: u32 = 0;
@@ -213,15 +216,52 @@ fn disk_that_grows_interrupts_the_driver_which_reads_another_capacity() {
     let _queue = driver.queue(0, 16);
     driver.go();
     let call = driver.call(0);
-    let before: [u8; 1] = guest.read(driver.common + 21);
+    let before = driver.generation();
     let file = std::fs::File::options().write(true).open(disk.image.path()).expect("an image");
     file.set_len(SECTORS * 1024).expect("it grows");
     // SIGHUP has the disk looked at anew.
     daemon.signal(Signal::HUP);
     assert!(wait_readable(&call, LIMIT), "an interrupt comes");
     assert_eq!(u64::from_le_bytes(driver.device_config(0)), SECTORS * 2);
-    assert_ne!(guest.read::<1>(driver.common + 21), before);
+    assert_ne!(driver.generation(), before);
     assert_eq!((driver.isr(), driver.isr()), (2, 0), "reading takes it away");
+    call.iter().for_each(|call| drop(call.read()));
+    driver.set_config_vector(VIRTIO_MSI_NO_VECTOR);
+    file.set_len(SECTORS * 1536).expect("it grows");
+    daemon.signal(Signal::HUP);
+    let capacity = || u64::from_le_bytes(driver.device_config(0));
+    wait_until("a driver that looks sees it", || capacity() == SECTORS * 3);
+    assert!(!wait_readable(&call, QUIET), "it wants no interrupt");
+}
+
+#[test]
+fn queue_without_a_vector_is_served_and_does_not_interrupt() {
+    let disk = Disk::new();
+    let _daemon = disk.serve(&[]);
+    let guest = Guest::new(vec![device(Kind::Block, &disk.socket())], quick());
+    let driver = Driver::probe(&guest, 1);
+    driver.negotiate(VERSION_1);
+    let mut queue = driver.queue_with_vector(0, 16, VIRTIO_MSI_NO_VECTOR);
+    driver.go();
+    let request = Request::new(&guest);
+    request.submit(&guest, &mut queue, VIRTIO_BLK_T_IN, 0);
+    queue.notify();
+    wait_until("a driver that looks finds it used", || {
+        queue.wait_used_within(Duration::ZERO).is_some()
+    });
+    request.must_have_succeeded(&guest);
+    for vector in [0, 1] {
+        assert!(!wait_readable(&driver.call(vector), QUIET), "vector {vector}");
+    }
+}
+
+/// Looks again and again.
+fn wait_until(what: &str, mut is_so: impl FnMut() -> bool) {
+    let begin = Instant::now();
+    while !is_so() {
+        assert!(begin.elapsed() < LIMIT, "{what}");
+        std::thread::yield_now();
+    }
 }
 
 #[test]

@@ -3,15 +3,22 @@
 use tests::temp_dir;
 
 use super::driver::{Driver, Guest, LIMIT, VERSION_1, device, quick, wait_readable};
-use super::scripted::{Script, Scripted};
+use super::scripted::{Script, Scripted, Truth};
 use crate::front_end::Kind;
 use crate::virtio::transport::BAR_BYTES;
 
+/// As many as vhost-user has numbers for.
+const QUEUES_MAX: u32 = 256;
+
 /// A guest whose first device has two queues.
 fn with_guest(test: impl FnOnce(&Guest)) {
+    with_guest_of(Truth::default(), test);
+}
+
+fn with_guest_of(truth: Truth, test: impl FnOnce(&Guest)) {
     let directory = temp_dir();
     let socket = directory.path().join("socket");
-    let _daemon = Scripted::new(&socket, vec![Script::default()]);
+    let _daemon = Scripted::new(&socket, vec![Script { truth, ..Script::default() }]);
     test(&Guest::new(vec![device(Kind::Block, &socket)], quick()));
 }
 
@@ -24,6 +31,38 @@ fn capabilities(guest: &Guest) -> Vec<(u64, [u8; 20])> {
         at = cap[1];
     }
     found
+}
+
+#[test]
+fn function_is_a_modern_device_of_its_kind() {
+    with_guest(|guest| {
+        let word = |register| u16::from_le_bytes(guest.config(1, register));
+        assert_eq!((word(0x00), word(0x02)), (0x1af4, 0x1040 + 2), "a block device");
+        assert_eq!(guest.config::<1>(1, 0x08), [1], "the revision");
+        assert!(word(0x2e) >= 0x40, "no legacy driver takes it");
+        assert_eq!(guest.config::<1>(1, 0x3d), [0], "it has no interrupt pin");
+    });
+}
+
+#[test]
+fn what_a_daemon_offers_of_the_transport_is_offered_only_if_ours_has_it() {
+    with_guest_of(Truth { features: u64::MAX, ..Truth::default() }, |guest| {
+        let reserved = (1 << 50) - (1 << 24);
+        // INDIRECT_DESC, EVENT_IDX, VERSION_1, IN_ORDER, ORDER_PLATFORM: not NOTIFICATION_DATA, RING_RESET or ADMIN_VQ.
+        let ours = 1 << 28 | 1 << 29 | VERSION_1 | 1 << 35 | 1 << 36;
+        assert_eq!(Driver::probe(guest, 1).offered() & reserved, ours);
+    });
+}
+
+#[test]
+fn configuration_is_read_by_halves_before_features_are_accepted() {
+    with_guest(|guest| {
+        let driver = Driver::probe(guest, 1);
+        assert_eq!(driver.status(), 0);
+        assert_eq!(driver.device_config(0), [0, 1, 2, 3]);
+        assert_eq!(driver.device_config(4), [4, 5, 6, 7]);
+        assert_eq!(driver.device_config(0), [0, 1, 2, 3, 4, 5, 6, 7]);
+    });
 }
 
 fn kicks(guest: &Guest) -> Vec<u64> {
@@ -42,6 +81,15 @@ fn capabilities_name_each_structure_once_and_lie_in_the_bar() {
             let word = |at: usize| u32::from_le_bytes(cap[at..at + 4].try_into().expect("four"));
             assert_eq!(cap[4], 0, "BAR 0");
             assert!(word(8) + word(12) <= BAR_BYTES && word(12) > 0);
+            assert_eq!(word(8) % 4, 0, "aligned");
+            if cap[3] == 2 {
+                let multiplier = word(16);
+                assert!(multiplier.is_power_of_two() && multiplier % 2 == 0);
+                assert!(
+                    word(12) >= (QUEUES_MAX - 1) * multiplier + 2,
+                    "for each queue there may be"
+                );
+            }
         }
     });
 }
