@@ -63,6 +63,7 @@ const PARSERS: &[&str] = &[
     "vhost-console/src/attach/escape.rs",
     "vhost-console/src/attach/operator.rs",
     "vmm/src/bus.rs",
+    "vmm/src/control/socket.rs",
     "vmm/src/front_end/control.rs",
     "vmm/src/front_end/keeper.rs",
     "vmm/src/front_end/relay.rs",

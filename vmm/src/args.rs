@@ -36,6 +36,8 @@ pub(crate) struct Options {
     pub(crate) sandbox: Sandbox,
     /// In the order of their places on the bus.
     pub(crate) devices: Vec<DeviceConfig>,
+    /// Where the operator gives orders.
+    pub(crate) control: Option<PathBuf>,
 }
 
 /// Parses a command line, the program's name first. The error prints itself and knows the exit
@@ -68,6 +70,7 @@ pub(crate) fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Opt
         reboots: !line.no_reboot,
         sandbox: line.sandbox,
         devices,
+        control: line.control,
     })
 }
 
@@ -119,6 +122,11 @@ struct CommandLine {
     /// A console, by the socket of its daemon
     #[arg(long, value_name = "SOCKET[,queue-size=N]", value_parser = parse_console)]
     console: Vec<DeviceConfig>,
+    /// Take commands on a unix socket created at PATH, as JSON lines such as {"command":"stats"}
+    ///
+    /// The others are pause, resume, powerdown (the power button) and quit (ends at once).
+    #[arg(long, value_name = "PATH")]
+    control: Option<PathBuf>,
     /// End when the guest restarts its machine
     #[arg(long)]
     no_reboot: bool,

@@ -1,9 +1,11 @@
-//! What the operator says by signals, and what the statistics say.
+//! What the operator says, by signals and on the [control socket](socket), and what the statistics say.
 //!
 //! Contract: [`Signals`] holds back the signals of its table from all threads that are started after it, and tells which
-//! have come. [`statistics`] is one line of JSON.
+//! have come. [`statistics`] is one object of JSON.
 //!
 //! What it deliberately does not do: act on them ([`crate::machine`]).
+
+pub(crate) mod socket;
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -22,10 +24,10 @@ pub(crate) enum Wish {
     /// Keep the processors out of the guest.
     Pause,
     Resume,
-    /// Write the statistics.
     Statistics,
-    /// Press the power button; the second time, end.
     PowerButton,
+    /// Press the power button; the second time, end.
+    Terminate,
     /// End at once, as if the plug was pulled.
     End,
 }
@@ -35,7 +37,7 @@ const TABLE: [(Signal, Wish); 5] = [
     (Signal::SIGUSR1, Wish::Pause),
     (Signal::SIGUSR2, Wish::Resume),
     (Signal::SIGHUP, Wish::Statistics),
-    (Signal::SIGTERM, Wish::PowerButton),
+    (Signal::SIGTERM, Wish::Terminate),
     (Signal::SIGINT, Wish::End),
 ];
 
@@ -65,24 +67,29 @@ impl AsFd for Signals {
 }
 
 /// How often the machine was started, how often each processor left the guest and why, and what became of the devices.
-pub(crate) fn statistics(starts: u64, exits: &[Arc<Exits>], devices: &[(&str, Counts)]) -> Value {
+pub(crate) fn statistics(
+    (starts, is_paused): (u64, bool),
+    exits: &[Arc<Exits>],
+    devices: &[(&str, Counts)],
+) -> Value {
     let vcpus: Vec<Map<String, Value>> = exits
         .iter()
         .map(|exits| exits.counts().map(|(name, count)| (name.to_owned(), count.into())).collect())
         .collect();
     let devices: Vec<Value> = devices
         .iter()
-        .map(|(socket, counts)| {
+        .map(|(name, counts)| {
             json!({
-                "socket": socket,
+                "device": name,
                 "connected": counts.is_connected,
                 "connections": counts.connections,
                 "config_changes": counts.config_changes,
                 "writes_lost": counts.writes_lost,
+                "wakeups": counts.wakeups,
             })
         })
         .collect();
-    json!({ "starts": starts, "vcpus": vcpus, "devices": devices })
+    json!({ "starts": starts, "paused": is_paused, "vcpus": vcpus, "devices": devices })
 }
 
 #[cfg(test)]
@@ -102,8 +109,9 @@ mod tests {
 
     #[test]
     fn statistics_name_every_reason() {
-        let line = statistics(2, &[Arc::default()], &[("disk", Counts::default())]);
+        let line = statistics((2, true), &[Arc::default()], &[("disk", Counts::default())]);
         assert_eq!(line["starts"], 2);
+        assert_eq!(line["paused"], true);
         assert_eq!(line["vcpus"][0]["memory_writes"], 0);
         assert_eq!(line["devices"][0]["connected"], false);
         assert_eq!(line["vcpus"][0].as_object().map(Map::len), Some(7));

@@ -7,6 +7,7 @@
 //! What it deliberately does not do: touch a guest's request. Kicks and calls go past it, from the guest to the daemon and
 //! back, by the descriptors that KVM has been given.
 
+use std::cell::Cell;
 use std::fs::File;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -16,12 +17,14 @@ use std::time::Duration;
 use kvm_bindings::kvm_irqchip;
 use kvm_ioctls::{Cap, Kvm, VmFd};
 use rustix::event::{PollFd, PollFlags, poll};
+use serde_json::Value;
 use vm_memory::GuestMemoryError;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::acpi;
 use crate::args::Options;
 use crate::bus::{Bus, Overlap, Region};
+use crate::control::socket::{ControlSocket, Reply};
 use crate::control::{Signals, Wish, statistics};
 use crate::cpu::{self, PowerOn};
 use crate::layout::{
@@ -51,6 +54,9 @@ const DAEMON_WAIT: Duration = Duration::from_millis(100);
 /// How long daemons may take to let go of a machine that resets: longer than the limit of each message to them, after
 /// which they are no longer talked to.
 const DAEMON_RESET: Duration = Duration::from_secs(60);
+
+/// What is answered when there is nothing to say.
+const DONE: Reply = Ok(Value::Null);
 
 /// Why there is no machine, or no longer.
 #[derive(Debug, thiserror::Error)]
@@ -83,6 +89,8 @@ pub(crate) enum Error {
     Tables(#[source] GuestMemoryError),
     #[error(transparent)]
     Devices(#[from] pci::Error),
+    #[error("--control {path}: cannot listen there")]
+    Control { path: PathBuf, source: io::Error },
     #[error("two devices are in the same place")]
     Bus(#[from] Overlap),
     #[error("cannot {action}")]
@@ -97,7 +105,7 @@ pub(crate) enum End {
     PoweredOff,
     /// The guest restarts, and the operator wants that to be the end.
     Reset,
-    /// By a signal.
+    /// By the operator's wish.
     Plug,
 }
 
@@ -116,7 +124,10 @@ pub(crate) struct Machine {
     devices: Devices,
     exits: Vec<Arc<Exits>>,
     signals: Signals,
+    control: Option<ControlSocket>,
     starts: u64,
+    /// By a signal, in this run.
+    is_asked_to_end: Cell<bool>,
     // Last: KVM is told of it.
     memory: Memory,
 }
@@ -136,6 +147,7 @@ impl Machine {
         vm.register_irqfd(&power_button, POWER_IRQ).map_err(kvm_error("an interrupt"))?;
         let processors = make_processors(&kvm, &vm, &options)?;
         let exits = processors.iter().map(|processor| processor.exits.clone()).collect();
+        let control = options.control.as_deref().map(listen).transpose()?;
         let (sandbox, configs) = (options.sandbox, options.devices.clone());
         let devices = Devices::new(vm.clone(), memory.guest().clone(), configs, sandbox)?;
         let surroundings = Arc::new(surround(&vm, &power, &devices, sandbox)?);
@@ -153,7 +165,9 @@ impl Machine {
             devices,
             exits,
             signals,
+            control,
             starts: 0,
+            is_asked_to_end: Cell::new(false),
             memory,
         })
     }
@@ -181,10 +195,8 @@ impl Machine {
     /// operator wants to wait no longer.
     fn await_daemons(&self) -> Result<bool, Error> {
         while !self.devices.wait(DAEMON_WAIT)? {
-            match self.signals.take() {
-                Some(Wish::PowerButton | Wish::End) => return Ok(false),
-                Some(Wish::Statistics) => self.write_statistics(),
-                Some(Wish::Pause | Wish::Resume) | None => {}
+            if self.obey(None)?.is_some() {
+                return Ok(false);
             }
         }
         Ok(true)
@@ -193,6 +205,7 @@ impl Machine {
     /// Loads the kernel into memory that is all zeros, and starts the processors.
     fn start(&mut self) -> Result<Crew, Error> {
         self.starts += 1;
+        self.is_asked_to_end.set(false);
         let memory = self.memory.guest();
         let images = Images {
             kernel: &self.kernel,
@@ -216,12 +229,12 @@ impl Machine {
 
     /// Waits for what the guest or the operator wants. `None`: the machine is to start again.
     fn attend(&self, crew: &Crew) -> Result<Option<End>, Error> {
-        let mut is_asked_to_end = false;
         loop {
-            let mut events = [
+            let mut events = vec![
                 PollFd::new(&self.power, PollFlags::IN),
                 PollFd::new(&self.signals, PollFlags::IN),
             ];
+            events.extend(self.control.iter().map(|control| PollFd::new(control, PollFlags::IN)));
             match poll(&mut events, None) {
                 Ok(_) | Err(rustix::io::Errno::INTR) => {}
                 Err(error) => return Err(host("wait for events")(error.into())),
@@ -232,25 +245,51 @@ impl Machine {
                 Some(Outcome::Failed(why)) => return Err(Error::Guest(why)),
                 None => {}
             }
-            while let Some(wish) = self.signals.take() {
-                match wish {
-                    Wish::Pause => crew.pause(),
-                    Wish::Resume => crew.resume(),
-                    Wish::Statistics => self.write_statistics(),
-                    Wish::PowerButton if !is_asked_to_end => {
-                        is_asked_to_end = true;
-                        self.power_button.write(1).map_err(host("press the power button"))?;
-                    }
-                    Wish::PowerButton | Wish::End => return Ok(Some(End::Plug)),
-                }
+            if let Some(end) = self.obey(Some(crew))? {
+                return Ok(Some(end));
             }
         }
     }
 
-    fn write_statistics(&self) {
-        let line = statistics(self.starts, &self.exits, &self.devices.statistics());
-        // In one piece, so that nothing else gets into the line. Who has closed standard error wants none.
-        let _ = io::stderr().write_all(format!("{line}\n").as_bytes());
+    /// Does what the operator wants, of a machine with these processors running, or with none yet.
+    fn obey(&self, crew: Option<&Crew>) -> Result<Option<End>, Error> {
+        let mut end = None;
+        while let Some(wish) = self.signals.take() {
+            let (reply, its_end) = self.grant(wish, crew)?;
+            if let (Wish::Statistics, Ok(line)) = (wish, reply) {
+                // In one piece, so that nothing else gets into the line. Who has closed standard error wants none.
+                let _ = io::stderr().write_all(format!("{line}\n").as_bytes());
+            }
+            end = end.or(its_end);
+        }
+        while let Some(order) = self.control.as_ref().and_then(ControlSocket::take) {
+            let (reply, its_end) = self.grant(order.wish, crew)?;
+            order.answer(reply);
+            end = end.or(its_end);
+        }
+        Ok(end)
+    }
+
+    fn grant(&self, wish: Wish, crew: Option<&Crew>) -> Result<(Reply, Option<End>), Error> {
+        match (wish, crew) {
+            (Wish::Statistics, _) => {
+                let is_paused = crew.is_some_and(Crew::is_paused);
+                let devices = self.devices.statistics();
+                let value = statistics((self.starts, is_paused), &self.exits, &devices);
+                return Ok((Ok(value), None));
+            }
+            (Wish::End, _) | (Wish::Terminate, None) => return Ok((DONE, Some(End::Plug))),
+            (_, None) => return Ok((Err("the machine waits for its daemons".to_owned()), None)),
+            (Wish::Pause, Some(crew)) => crew.pause(),
+            (Wish::Resume, Some(crew)) => crew.resume(),
+            (Wish::Terminate, Some(_)) if self.is_asked_to_end.replace(true) => {
+                return Ok((DONE, Some(End::Plug)));
+            }
+            (Wish::Terminate | Wish::PowerButton, Some(_)) => {
+                self.power_button.write(1).map_err(host("press the power button"))?;
+            }
+        }
+        Ok((DONE, None))
     }
 
     /// Makes everything as it was when the machine was new, but for the processors, which [`Machine::start`] resets.
@@ -267,6 +306,11 @@ impl Machine {
 
 fn open(path: &Path) -> Result<File, Error> {
     File::open(path).map_err(|source| Error::OpenFile { path: path.to_owned(), source })
+}
+
+fn listen(path: &Path) -> Result<ControlSocket, Error> {
+    let failed = |source| Error::Control { path: path.to_owned(), source };
+    ControlSocket::listen(path).map_err(failed)
 }
 
 fn open_kvm(options: &Options) -> Result<Kvm, Error> {

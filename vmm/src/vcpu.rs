@@ -128,6 +128,10 @@ impl Crew {
         self.gate.order(RUN);
     }
 
+    pub(crate) fn is_paused(&self) -> bool {
+        self.gate.order.load(Ordering::Relaxed) == PAUSE
+    }
+
     /// Ends the threads.
     pub(crate) fn stop(self) -> Vec<Processor> {
         self.bring(STOP);

@@ -301,6 +301,7 @@ impl Keeper {
         let socket = Some(session.socket().as_raw_fd());
         let [hung_up, has_request, has_command, _] =
             wait_for([socket, channel, kick, wake], None).map_err(Error::Wait)?;
+        self.shared.wakeups.fetch_add(1, Ordering::Relaxed);
         self.shared.take_wake();
         // Nothing was asked of it: whatever comes, the two are out of step.
         if hung_up {

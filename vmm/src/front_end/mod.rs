@@ -83,6 +83,8 @@ pub(crate) struct Counts {
     pub(crate) config_changes: u64,
     /// Bytes that the driver wrote to the configuration space, and no daemon got.
     pub(crate) writes_lost: u64,
+    /// How often its thread was woken while a daemon was there.
+    pub(crate) wakeups: u64,
 }
 
 /// A device's front end.
@@ -105,6 +107,7 @@ struct Shared {
     connections: AtomicU64,
     config_changes: AtomicU64,
     writes_lost: AtomicU64,
+    wakeups: AtomicU64,
 }
 
 #[derive(Default)]
@@ -282,6 +285,7 @@ impl FrontEnd {
             connections: load(&self.shared.connections),
             config_changes: load(&self.shared.config_changes),
             writes_lost: load(&self.shared.writes_lost),
+            wakeups: load(&self.shared.wakeups),
         }
     }
 }
@@ -330,6 +334,7 @@ impl Shared {
             connections: AtomicU64::new(0),
             config_changes: AtomicU64::new(0),
             writes_lost: AtomicU64::new(0),
+            wakeups: AtomicU64::new(0),
         })
     }
 
