@@ -35,6 +35,7 @@ const UNSAFE_HOMES: &[&str] = &[
     "common/src/protocol/connection.rs",
     "vhost-net/src/backend/descriptor.rs",
     "vhost-console/src/watch.rs",
+    "vmm/src/daemons.rs",
     "vmm/src/front_end/channel.rs",
     "vmm/src/memory.rs",
     "tests/frontend/src/memory.rs",

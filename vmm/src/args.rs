@@ -8,7 +8,8 @@ use std::path::PathBuf;
 use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser};
 
-use crate::front_end::{DeviceConfig, Kind};
+use crate::daemons::{Device, Whose};
+use crate::front_end::Kind;
 use crate::layout::PCI_DEVICES_MAX;
 use crate::memory::{LEN_MAX, LEN_MIN, LEN_UNIT};
 use crate::seccomp::Sandbox;
@@ -35,7 +36,7 @@ pub(crate) struct Options {
     pub(crate) reboots: bool,
     pub(crate) sandbox: Sandbox,
     /// In the order of their places on the bus.
-    pub(crate) devices: Vec<DeviceConfig>,
+    pub(crate) devices: Vec<Device>,
     /// Where the operator gives orders.
     pub(crate) control: Option<PathBuf>,
 }
@@ -79,6 +80,10 @@ pub(crate) fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Opt
 /// outboard-vmm boots a Linux kernel under KVM. Its guest's disks, networks and consoles are behind the
 /// vhost-user sockets of daemons, which may come, go and come back while it runs.
 ///
+/// A daemon is somebody else's, by the path of its socket, or started here and ended with the machine, by what it is to
+/// serve: --blk file=disk.img. Then what follows are options of the daemon's (vhost-blk, vhost-net, vhost-console), without
+/// their dashes: --blk file=disk.img,num-queues=4,read-only. It is looked for beside this program, then in PATH.
+///
 /// SIGUSR1 pauses the machine, SIGUSR2 resumes it, SIGHUP writes statistics to standard error, SIGTERM
 /// presses the power button and, the second time, ends it; SIGINT ends it at once.
 #[derive(Debug, Parser)]
@@ -110,18 +115,21 @@ struct CommandLine {
     /// The host's processor for each of the guest's, by their numbers
     #[arg(long, value_name = "N,N,…", value_delimiter = ',', value_parser = parse_host_cpu)]
     vcpu_affinity: Vec<usize>,
-    /// A disk, by the socket of its vhost-user daemon; with `queue-size=N`, of queues of at most N entries
+    /// A disk, by the socket of its vhost-user daemon, or by file=PATH (--blk-file) and other options of vhost-blk
     ///
-    /// Words are parted by commas; a comma in a path is doubled. The machine starts when each daemon has
-    /// been there once, and then runs on whether or not they are.
-    #[arg(long, value_name = "SOCKET[,queue-size=N]", value_parser = parse_block)]
-    blk: Vec<DeviceConfig>,
-    /// A network, by the socket of its daemon; with `mac=ADDRESS` of that address, else of the daemon's
-    #[arg(long, value_name = "SOCKET[,mac=ADDRESS][,queue-size=N]", value_parser = parse_network)]
-    net: Vec<DeviceConfig>,
-    /// A console, by the socket of its daemon
-    #[arg(long, value_name = "SOCKET[,queue-size=N]", value_parser = parse_console)]
-    console: Vec<DeviceConfig>,
+    /// With queue-size=N its queues have at most N entries. Words are parted by commas; a comma in a word is doubled.
+    /// The machine starts when each daemon has been there once, and then runs on whether or not they are.
+    #[arg(long, value_name = "SOCKET|OPTION[,WORD]", value_parser = parse_block)]
+    blk: Vec<Device>,
+    /// A network, by the socket of its daemon, or by tap=NAME or macvtap=PARENT (--backend) and other options of vhost-net
+    ///
+    /// With mac=ADDRESS the guest finds that address, else the daemon's.
+    #[arg(long, value_name = "SOCKET|OPTION[,WORD]", value_parser = parse_network)]
+    net: Vec<Device>,
+    /// A console, by the socket of its daemon, or by stdio, pty[:LINK], unix:PATH or file:PATH (the endpoint of --port) and
+    /// other options of vhost-console
+    #[arg(long, value_name = "SOCKET|ENDPOINT|OPTION[,WORD]", value_parser = parse_console)]
+    console: Vec<Device>,
     /// Take commands on a unix socket created at PATH, as JSON lines such as {"command":"stats"}
     ///
     /// The others are pause, resume, powerdown (the power button) and quit (ends at once).
@@ -135,35 +143,62 @@ struct CommandLine {
     sandbox: Sandbox,
 }
 
-fn parse_block(text: &str) -> Result<DeviceConfig, String> {
+fn parse_block(text: &str) -> Result<Device, String> {
     parse_device(Kind::Block, text)
 }
 
-fn parse_network(text: &str) -> Result<DeviceConfig, String> {
+fn parse_network(text: &str) -> Result<Device, String> {
     parse_device(Kind::Network(None), text)
 }
 
-fn parse_console(text: &str) -> Result<DeviceConfig, String> {
+fn parse_console(text: &str) -> Result<Device, String> {
     parse_device(Kind::Console, text)
 }
 
-fn parse_device(kind: Kind, text: &str) -> Result<DeviceConfig, String> {
+fn parse_device(kind: Kind, text: &str) -> Result<Device, String> {
     // No path has a zero byte, so one can stand for a doubled comma.
     let parted = text.replace(",,", "\0");
     let mut words = parted.split(',').map(|word| word.replace('\0', ","));
-    let socket =
-        words.next().filter(|path| !path.is_empty()).ok_or("the path of a socket is missing")?;
-    let mut config = DeviceConfig { kind, socket: socket.into(), queue_size: QUEUE_SIZE };
+    let first = words.next().filter(|word| !word.is_empty());
+    let first = first.ok_or("the path of a socket, or what is to be served, is missing")?;
+    let served = served(kind, &first);
+    let is_ours = served.is_some();
+    let mut arguments = Vec::from_iter(served);
+    let mut device = Device { kind, queue_size: QUEUE_SIZE, daemon: Whose::Theirs(first.into()) };
     for word in words {
-        match (word.split_once('='), kind) {
-            (Some(("queue-size", size)), _) => config.queue_size = parse_queue_size(size)?,
-            (Some(("mac", address)), Kind::Network(_)) => {
-                config.kind = Kind::Network(Some(parse_mac(address)?));
+        match word.split_once('=') {
+            Some(("queue-size", size)) => device.queue_size = parse_queue_size(size)?,
+            Some(("mac", address)) if !is_ours && matches!(kind, Kind::Network(_)) => {
+                device.kind = Kind::Network(Some(parse_mac(address)?));
             }
-            _ => return Err(format!("{word:?} is no word of this device")),
+            _ if !is_ours => return Err(format!("{word:?} is no word of this device")),
+            _ => {}
         }
+        arguments.push(format!("--{word}"));
     }
-    Ok(config)
+    if is_ours {
+        device.daemon = Whose::Ours(arguments);
+    }
+    Ok(device)
+}
+
+/// The daemon's option that a device's first word is, if it is none of a socket: a path with such a beginning is written with
+/// its directory.
+fn served(kind: Kind, word: &str) -> Option<String> {
+    let is_endpoint =
+        |word: &str| matches!(word.split(':').next(), Some("stdio" | "pty" | "unix" | "file"));
+    let key = word.split_once('=').map(|(key, _)| key);
+    let is_option = |key: &str| key.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'-');
+    match (kind, key) {
+        // A comma within the word is doubled once more.
+        (Kind::Console, _) if is_endpoint(word) => {
+            Some(format!("--port=console,endpoint={}", word.replace(',', ",,")))
+        }
+        (Kind::Block, Some("file")) => Some(format!("--blk-{word}")),
+        (Kind::Network(_), Some("tap" | "macvtap")) => Some(format!("--backend={word}")),
+        (_, Some(key)) if is_option(key) => Some(format!("--{word}")),
+        _ => None,
+    }
 }
 
 fn parse_queue_size(text: &str) -> Result<u16, String> {
@@ -258,14 +293,15 @@ mod tests {
         let devices: Vec<_> = options
             .devices
             .iter()
-            .map(|device| (device.kind, device.socket.to_str().unwrap(), device.queue_size))
+            .map(|device| (device.kind, device.daemon.clone(), device.queue_size))
             .collect();
+        let theirs = |path: &str| Whose::Theirs(path.into());
         let mac = [0x52, 0x54, 0, 0x12, 0x34, 0x56];
         let expected = [
-            (Kind::Block, "a,b", 64),
-            (Kind::Block, "d", QUEUE_SIZE),
-            (Kind::Network(Some(mac)), "n", QUEUE_SIZE),
-            (Kind::Console, "c", QUEUE_SIZE),
+            (Kind::Block, theirs("a,b"), 64),
+            (Kind::Block, theirs("d"), QUEUE_SIZE),
+            (Kind::Network(Some(mac)), theirs("n"), QUEUE_SIZE),
+            (Kind::Console, theirs("c"), QUEUE_SIZE),
         ];
         assert_eq!(devices, expected);
         for words in [
@@ -280,6 +316,37 @@ mod tests {
         ] {
             assert!(parse_words(&format!("--kernel k {words}")).is_err(), "{words}");
         }
+    }
+
+    #[test]
+    fn what_is_to_be_served_is_said_by_the_daemon_s_own_options() {
+        for (words, expected) in [
+            (
+                "--blk file=a=,,b,read-only,queue-size=64",
+                "--blk-file=a=,b --read-only --queue-size=64",
+            ),
+            ("--blk disk=null:1G,num-queues=4", "--disk=null:1G --num-queues=4"),
+            ("--net tap=t0,mac=52:54:00:12:34:56", "--backend=tap=t0 --mac=52:54:00:12:34:56"),
+            ("--net backend=null,mtu=1400", "--backend=null --mtu=1400"),
+            ("--console stdio,replay=1M", "--port=console,endpoint=stdio --replay=1M"),
+            ("--console pty:a,,b", "--port=console,endpoint=pty:a,,b"),
+            ("--console port=name=a,,endpoint=null", "--port=name=a,endpoint=null"),
+        ] {
+            let options = parse_words(&format!("--kernel k {words}")).unwrap();
+            let [Device { daemon: Whose::Ours(arguments), kind, .. }] = &*options.devices else {
+                panic!("{words}: {:?}", options.devices);
+            };
+            assert_eq!(arguments.join(" "), expected);
+            assert!(
+                !matches!(kind, Kind::Network(Some(_))),
+                "the address is the daemon's to offer"
+            );
+        }
+        for words in ["--blk stdio", "--blk ./file=a", "--net /run/tap=0", "--console ./stdio"] {
+            let options = parse_words(&format!("--kernel k {words}")).unwrap();
+            assert!(matches!(options.devices[0].daemon, Whose::Theirs(_)), "{words}");
+        }
+        assert!(parse_words("--kernel k --blk file=a,queue-size=3").is_err());
     }
 
     #[test]

@@ -4,14 +4,15 @@
 //! here: the guest's [addresses](layout) and [what answers to them](bus), [its processors](vcpu) and
 //! [what is in their registers](cpu), [the kernel](loader) and [the tables](acpi) that it reads, and
 //! [the machine](machine) that is made of all this. Its devices are functions [on PCI](pci), of [virtio's kind](virtio),
-//! each with [a front end](front_end) that keeps its daemon, and with [interrupts] that KVM delivers. Each thread makes
-//! [the system calls](seccomp) that it needs, and no others.
+//! each with [a front end](front_end) that keeps its daemon, and with [interrupts] that KVM delivers. [Daemons](daemons) can be
+//! started by this process, too. Each thread makes [the system calls](seccomp) that it needs, and no others.
 
 mod acpi;
 mod args;
 mod bus;
 mod control;
 mod cpu;
+mod daemons;
 mod front_end;
 #[cfg(feature = "fuzzing")]
 pub mod fuzzing;

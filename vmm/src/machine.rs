@@ -27,6 +27,7 @@ use crate::bus::{Bus, Overlap, Region};
 use crate::control::socket::{ControlSocket, Reply};
 use crate::control::{Signals, Wish, statistics};
 use crate::cpu::{self, PowerOn};
+use crate::daemons::{self, Daemons};
 use crate::layout::{
     ECAM, I8042_PORTS, KVM_IDENTITY_MAP, KVM_TSS, PCI_WINDOW, POWER_IRQ, POWER_PORTS, SERIAL_PORTS,
 };
@@ -89,6 +90,8 @@ pub(crate) enum Error {
     Tables(#[source] GuestMemoryError),
     #[error(transparent)]
     Devices(#[from] pci::Error),
+    #[error(transparent)]
+    Daemon(#[from] daemons::Error),
     #[error("--control {path}: cannot listen there")]
     Control { path: PathBuf, source: io::Error },
     #[error("two devices are in the same place")]
@@ -122,6 +125,8 @@ pub(crate) struct Machine {
     power: Arc<Power>,
     power_button: EventFd,
     devices: Devices,
+    /// After the devices: those hang up first.
+    daemons: Daemons,
     exits: Vec<Arc<Exits>>,
     signals: Signals,
     control: Option<ControlSocket>,
@@ -148,7 +153,7 @@ impl Machine {
         let processors = make_processors(&kvm, &vm, &options)?;
         let exits = processors.iter().map(|processor| processor.exits.clone()).collect();
         let control = options.control.as_deref().map(listen).transpose()?;
-        let (sandbox, configs) = (options.sandbox, options.devices.clone());
+        let (sandbox, (daemons, configs)) = (options.sandbox, Daemons::start(&options.devices)?);
         let devices = Devices::new(vm.clone(), memory.guest().clone(), configs, sandbox)?;
         let surroundings = Arc::new(surround(&vm, &power, &devices, sandbox)?);
         let irqchips = read_irqchips(&vm)?;
@@ -163,6 +168,7 @@ impl Machine {
             power,
             power_button,
             devices,
+            daemons,
             exits,
             signals,
             control,
@@ -195,10 +201,12 @@ impl Machine {
     /// operator wants to wait no longer.
     fn await_daemons(&self) -> Result<bool, Error> {
         while !self.devices.wait(DAEMON_WAIT)? {
+            self.daemons.check()?;
             if self.obey(None)?.is_some() {
                 return Ok(false);
             }
         }
+        self.daemons.keep()?;
         Ok(true)
     }
 

@@ -33,6 +33,15 @@ const NETWORK_CONTROL: u64 = 1 << 2
     | 1 << 60;
 
 impl Kind {
+    /// The word for it in options, and in the name of the program that serves it.
+    pub(crate) fn word(self) -> &'static str {
+        match self {
+            Self::Block => "blk",
+            Self::Network(_) => "net",
+            Self::Console => "console",
+        }
+    }
+
     /// VIRTIO 1.3, 5: the number of the device type.
     pub(crate) fn virtio_id(self) -> u16 {
         match self {

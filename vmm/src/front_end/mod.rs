@@ -54,10 +54,12 @@ const WRITES_MAX: usize = 256;
 /// How long the end of a front end may take. It waits for no daemon, so any will do.
 const END_LIMIT: Duration = Duration::from_secs(2);
 
-/// A device as the command line has it.
+/// What a front end is made for.
 #[derive(Clone, Debug)]
 pub(crate) struct DeviceConfig {
     pub(crate) kind: Kind,
+    /// What messages call it.
+    pub(crate) name: String,
     /// Where its daemon listens.
     pub(crate) socket: PathBuf,
     /// The largest size of a queue that the driver is offered: a power of two.
@@ -156,13 +158,14 @@ impl FrontEnd {
     #[cfg(feature = "fuzzing")]
     pub(crate) fn alone(features: u64, queue_count: u16, queue_size: u16) -> io::Result<Self> {
         let kind = Kind::Network(None);
-        let shared = Shared::new(&DeviceConfig { kind, socket: PathBuf::new(), queue_size })?;
+        let (name, socket) = Default::default();
+        let shared = Shared::new(&DeviceConfig { kind, name, socket, queue_size })?;
         let config = vec![1; kind.config_bytes()];
         shared.state().offer = Some(Offer { features, queue_count, config });
         Ok(Self { shared: Arc::new(shared), thread: None })
     }
 
-    /// The path of its daemon's socket, for messages.
+    /// What messages call it: the path of its daemon's socket, or its place among those of its kind.
     pub(crate) fn name(&self) -> &str {
         &self.shared.name
     }
@@ -324,7 +327,7 @@ impl State {
 impl Shared {
     fn new(config: &DeviceConfig) -> io::Result<Self> {
         Ok(Self {
-            name: config.socket.display().to_string(),
+            name: config.name.clone(),
             kind: config.kind,
             queue_size: config.queue_size,
             state: Mutex::default(),

@@ -39,7 +39,8 @@ pub(super) fn quick() -> Limits {
 }
 
 pub(super) fn device(kind: Kind, socket: &std::path::Path) -> DeviceConfig {
-    DeviceConfig { kind, socket: socket.to_owned(), queue_size: 256 }
+    let name = socket.display().to_string();
+    DeviceConfig { kind, name, socket: socket.to_owned(), queue_size: 256 }
 }
 
 /// A machine without processors.
