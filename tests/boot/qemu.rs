@@ -25,9 +25,9 @@ use crate::sudden_death::{FileSystem, Scene};
 /// Enough for each of the load's jobs to have 32 large requests of its own in flight.
 const DISK_BYTES: u64 = 64 << 20;
 /// The load, where its initial RAM disk has it.
-const FIO: &str = "usr/bin/fio";
+pub(crate) const FIO: &str = "usr/bin/fio";
 /// What fio's progress line has once requests are completing.
-const LOAD_RUNS: &str = "IOPS]";
+pub(crate) const LOAD_RUNS: &str = "IOPS]";
 /// What fio says once in each run, before it starts its jobs.
 const LOAD_STARTS: &str = "Starting 4 processes";
 

@@ -56,7 +56,7 @@ fn a_guest_s_first_program_runs_in_our_machine_and_in_qemu_s() {
         return;
     };
     let rounds: usize = rounds.parse().expect("a number of rounds");
-    let Some(mut host) = Host::boot_with(pack) else { return };
+    let Some(mut host) = Host::boot_with(&[], pack) else { return };
     let contenders = contenders();
     let mut found: Vec<Vec<(f64, u64)>> = vec![Vec::new(); contenders.len()];
     for _ in 0..rounds {

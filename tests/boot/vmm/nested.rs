@@ -15,8 +15,8 @@ use tests::{Initrd, KernelRelease, Machine, Rig, TempDir, cannot_run, temp_dir};
 use super::accelerator::accelerator;
 use crate::qemu::emulator::MODULES;
 
-/// A nested machine is up after 15 s: this is for a host that does much else meanwhile.
-const LIMIT: Duration = Duration::from_secs(180);
+/// A nested machine is up after 15 s, one with fio after twice that: this is for a host that does much else meanwhile.
+const LIMIT: Duration = Duration::from_secs(300);
 /// Of the outer machine: its initial RAM disk twice while unpacking, and the inner machine.
 const MEMORY: &str = "2048M";
 const PROCESSORS: &str = "2";
@@ -30,6 +30,9 @@ const RESIDENT: &str = "awk '/^[0-9a-f]+-/ { guest = /memfd:/ } /^Rss:/ && !gues
 /// Our programs, which are linked statically for this.
 const PROGRAMS: [&str; 4] = ["outboard-vmm", "vhost-blk", "vhost-net", "vhost-console"];
 
+/// What speaks to control sockets.
+const SOCAT: &str = "usr/bin/socat";
+
 /// A running host.
 pub(super) struct Host {
     machine: Machine,
@@ -38,13 +41,16 @@ pub(super) struct Host {
 }
 
 impl Host {
-    /// Boots it. `None`: it cannot run here, and has said why.
-    pub(super) fn boot() -> Option<Self> {
-        Self::boot_with(|_, _| ())
+    /// Boots it; its virtual machines have these programs. `None`: it cannot run here, and has said why.
+    pub(super) fn boot(inner_programs: &[&str]) -> Option<Self> {
+        Self::boot_with(inner_programs, |_, _| ())
     }
 
     /// Boots one that has more in its initial RAM disk.
-    pub(super) fn boot_with(add: impl FnOnce(&Rig, &mut Initrd)) -> Option<Self> {
+    pub(super) fn boot_with(
+        inner_programs: &[&str],
+        add: impl FnOnce(&Rig, &mut Initrd),
+    ) -> Option<Self> {
         let rig = Rig::find()?;
         let Some(programs) = PROGRAMS.iter().map(|name| program(name)).collect::<Option<Vec<_>>>()
         else {
@@ -58,8 +64,9 @@ impl Host {
         let modules = |names: &[&str]| -> Vec<_> {
             names.iter().map(|name| rig.kernel_module(release, name)).collect()
         };
-        Initrd::with_guest(&rig, &modules(&[&MODULES[..], &MORE_MODULES].concat()))
-            .write(&path("inner"));
+        let mut inner = Initrd::with_guest(&rig, &modules(&[&MODULES[..], &MORE_MODULES].concat()));
+        inner_programs.iter().for_each(|program| inner.program(&rig, program));
+        inner.write(&path("inner"));
         let mut outer = Initrd::with_guest(
             &rig,
             &modules(&[&HOST_MODULES[..], &[accelerator.module]].concat()),
@@ -67,6 +74,7 @@ impl Host {
         for (name, from) in PROGRAMS.iter().zip(&programs) {
             outer.file(&format!("bin/{name}"), from);
         }
+        outer.program(&rig, SOCAT);
         outer.file("kernel", &rig.kernel(release));
         outer.file("initrd", &path("inner"));
         add(&rig, &mut outer);
@@ -117,6 +125,27 @@ impl Host {
     /// Sends a signal to the VMM.
     pub(super) fn signal(&mut self, name: &str) {
         self.run(&format!("kill -{name} $(pidof outboard-vmm)"));
+    }
+
+    /// Has the VMM at this control socket do something.
+    pub(super) fn command(&mut self, socket: &str, name: &str) {
+        self.run(&format!(
+            r#"echo '{{"command":"{name}"}}' | /usr/bin/socat -t 60 - UNIX:{socket} > /tmp/answer && grep '"ok"' /tmp/answer"#
+        ));
+    }
+
+    /// The number that a script prints.
+    pub(super) fn count(&mut self, script: &str) -> u64 {
+        self.begin(&format!("count {script}"));
+        match self.announcement() {
+            Announcement::Found(count) => count,
+            other => panic!("{other:?}:\n{}", self.console()),
+        }
+    }
+
+    /// Reads the console up to a line with this text.
+    pub(super) fn wait_for(&mut self, text: &str) {
+        self.machine.wait_for(text);
     }
 
     /// Asks the VMM for its statistics.

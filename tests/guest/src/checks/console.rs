@@ -54,7 +54,7 @@ pub(super) fn run() -> Result<String, Failure> {
     // Without a password, and at once.
     fs::create_dir_all("/etc")?;
     fs::write("/etc/passwd", "root::0:0:root:/:/bin/sh\n")?;
-    run_program(Command::new(BUSYBOX).args(["--install", "-s", "/bin"]))?;
+    install_commands()?;
     println!("{}", Announcement::Loaded);
     let mut files = HashMap::new();
     let mut begun = VecDeque::new();
@@ -172,7 +172,12 @@ impl Task {
     }
 }
 
-fn shell(script: &str) -> Command {
+/// What scripts call, by its usual names.
+pub(super) fn install_commands() -> Result<(), Failure> {
+    run_program(Command::new(BUSYBOX).args(["--install", "-s", "/bin"]))
+}
+
+pub(super) fn shell(script: &str) -> Command {
     let mut command = Command::new(BUSYBOX);
     // The console that the host types on is ours.
     command.args(["sh", "-c", script]).env("PATH", "/bin").stdin(Stdio::null());

@@ -15,11 +15,20 @@ const PASS_COUNT: u32 = 4;
 /// Requests that each job keeps in flight.
 const DEPTH: u32 = 32;
 
+/// The program, where a guest has it.
+pub(super) const FIO: &str = "/usr/bin/fio";
+
 pub(super) fn run(parameters: &Parameters) -> Result<String, Failure> {
+    let jobs = write_and_verify(parameters, PASS_COUNT)?;
+    Ok(format!("jobs={jobs} depth={DEPTH} passes={PASS_COUNT}"))
+}
+
+/// So many passes over the disk; the answer is how many jobs made them.
+pub(super) fn write_and_verify(parameters: &Parameters, pass_count: u32) -> Result<usize, Failure> {
     let jobs = thread::available_parallelism()?.get();
     let part_bytes = size_bytes(parameters)? / jobs as u64;
     run_program(
-        Command::new("/usr/bin/fio")
+        Command::new(FIO)
             .args(["--name=load", "--direct=1", "--ioengine=libaio", "--group_reporting"])
             .args(["--rw=randwrite", "--bsrange=4k-64k", "--fsync=64"])
             .args(["--verify=crc32c", "--do_verify=1", "--verify_fatal=1"])
@@ -28,10 +37,10 @@ pub(super) fn run(parameters: &Parameters) -> Result<String, Failure> {
             .args([format!("--cpus_allowed=0-{}", jobs - 1), "--cpus_allowed_policy=split".into()])
             .arg(format!("--numjobs={jobs}"))
             .arg(format!("--iodepth={DEPTH}"))
-            .arg(format!("--loops={PASS_COUNT}"))
+            .arg(format!("--loops={pass_count}"))
             .arg(format!("--size={part_bytes}"))
             .arg(format!("--offset_increment={part_bytes}"))
             .arg(format!("--filename={}", parameters.disk.display())),
     )?;
-    Ok(format!("jobs={jobs} depth={DEPTH} passes={PASS_COUNT}"))
+    Ok(jobs)
 }
