@@ -152,8 +152,9 @@ impl Machine {
         vm.register_irqfd(&power_button, POWER_IRQ).map_err(kvm_error("an interrupt"))?;
         let processors = make_processors(&kvm, &vm, &options)?;
         let exits = processors.iter().map(|processor| processor.exits.clone()).collect();
-        let control = options.control.as_deref().map(listen).transpose()?;
-        let (sandbox, (daemons, configs)) = (options.sandbox, Daemons::start(&options.devices)?);
+        let sandbox = options.sandbox;
+        let control = options.control.as_deref().map(|path| listen(path, sandbox)).transpose()?;
+        let (daemons, configs) = Daemons::start(&options.devices)?;
         let devices = Devices::new(vm.clone(), memory.guest().clone(), configs, sandbox)?;
         let surroundings = Arc::new(surround(&vm, &power, &devices, sandbox)?);
         let irqchips = read_irqchips(&vm)?;
@@ -316,9 +317,9 @@ fn open(path: &Path) -> Result<File, Error> {
     File::open(path).map_err(|source| Error::OpenFile { path: path.to_owned(), source })
 }
 
-fn listen(path: &Path) -> Result<ControlSocket, Error> {
+fn listen(path: &Path, sandbox: Sandbox) -> Result<ControlSocket, Error> {
     let failed = |source| Error::Control { path: path.to_owned(), source };
-    ControlSocket::listen(path).map_err(failed)
+    ControlSocket::listen(path, sandbox).map_err(failed)
 }
 
 fn open_kvm(options: &Options) -> Result<Kvm, Error> {

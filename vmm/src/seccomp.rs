@@ -7,7 +7,7 @@
 //!
 //! A thread that starts another hands its filter down, and the other adds its own. So the main thread, whose restart of a
 //! machine starts the processors' threads anew, may do whatever they may; and a thread that starts programs is started
-//! before the main thread is confined, and has no role.
+//! before the main thread is confined, and has no role: those that run daemons ([`crate::daemons`]).
 //!
 //! What it deliberately does not do: limit what is opened while a machine is made. All that the command line names is
 //! opened by then.
@@ -49,6 +49,8 @@ pub(crate) enum Role {
     FrontEnd,
     /// The one that cuts connections.
     Watchdog,
+    /// The control socket's, and those of its clients, which it starts.
+    Control,
 }
 
 /// By which arguments a call may be made.
@@ -108,20 +110,28 @@ const ALL: Table = &[
     (libc::SYS_write, Always),
 ];
 
-/// Where files have been read and processors' threads are started.
-const MAIN: Table = &[
+/// The start of a thread, which inherits this filter.
+const THREADS: Table = &[
     (libc::SYS_clone, Always),
     (libc::SYS_clone3, Always),
+    (libc::SYS_prctl, Among(0, &[libc::PR_SET_NAME as u64, libc::PR_SET_NO_NEW_PRIVS as u64])),
+    (libc::SYS_rseq, Always),
+    (libc::SYS_set_robust_list, Always),
+];
+
+/// Where files have been read, processors are started, an operator is answered, and daemons are ended.
+const MAIN: Table = &[
     (libc::SYS_fallocate, Always),
     (libc::SYS_ioctl, Among(1, &RESTART_REQUESTS)),
     (libc::SYS_lseek, Always),
+    (libc::SYS_pidfd_send_signal, Always),
     (libc::SYS_poll, Always),
     (libc::SYS_ppoll, Always),
-    (libc::SYS_prctl, Among(0, &[libc::PR_SET_NAME as u64, libc::PR_SET_NO_NEW_PRIVS as u64])),
-    (libc::SYS_rseq, Always),
     (libc::SYS_sched_setaffinity, Always),
     (libc::SYS_seccomp, Always),
-    (libc::SYS_set_robust_list, Always),
+    (libc::SYS_sendto, Always),
+    // The control socket's file.
+    (libc::SYS_unlink, Always),
 ];
 
 const PROCESSOR: Table = &[(libc::SYS_ioctl, Among(1, &RUN_REQUESTS))];
@@ -135,6 +145,14 @@ const FRONT_END: Table = &[
     (libc::SYS_sendmsg, Always),
     (libc::SYS_socket, Among(0, &[libc::AF_UNIX as u64])),
     (libc::SYS_socketpair, Among(0, &[libc::AF_UNIX as u64])),
+];
+
+const CONTROL: Table = &[
+    (libc::SYS_accept4, Always),
+    (libc::SYS_clock_nanosleep, Always),
+    (libc::SYS_recvfrom, Always),
+    (libc::SYS_sendto, Always),
+    (libc::SYS_setsockopt, Among(1, &[libc::SOL_SOCKET as u64])),
 ];
 
 /// The group of KVM's requests.
@@ -189,14 +207,15 @@ pub(crate) fn confine(role: Role, sandbox: Sandbox) {
 }
 
 fn program(role: Role, refusal: SeccompAction) -> Result<BpfProgram, BackendError> {
-    let own: Table = match role {
-        Role::Main => MAIN,
-        Role::Processor => PROCESSOR,
-        Role::FrontEnd => FRONT_END,
+    let own: &[Table] = match role {
+        Role::Main => &[THREADS, MAIN],
+        Role::Processor => &[PROCESSOR],
+        Role::FrontEnd => &[FRONT_END],
         Role::Watchdog => &[],
+        Role::Control => &[THREADS, CONTROL],
     };
     let mut rules = BTreeMap::new();
-    for (call, when) in ALL.iter().chain(own) {
+    for (call, when) in ALL.iter().chain(own.iter().copied().flatten()) {
         rules.insert(*call, rules_of(*when)?);
     }
     compile(rules, refusal, SeccompAction::Allow)
@@ -248,7 +267,8 @@ mod tests {
     /// In a child: the role, the mode and the call, by their places.
     const CHILD: &str = "OUTBOARD_TEST_CONFINED";
     const TEST: &str = "seccomp::tests::a_call_that_a_role_has_no_need_of_ends_the_process";
-    const ROLES: [Role; 4] = [Role::Main, Role::Processor, Role::FrontEnd, Role::Watchdog];
+    const ROLES: [Role; 5] =
+        [Role::Main, Role::Processor, Role::FrontEnd, Role::Watchdog, Role::Control];
     const FORBIDDEN: [(&str, fn()); 4] = [
         ("a program", || drop(Command::new("/bin/true").exec())),
         ("a network", || drop(TcpListener::bind("127.0.0.1:0"))),

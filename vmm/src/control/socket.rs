@@ -34,6 +34,7 @@ use rustix::net::{
 use serde_json::{Value, json};
 
 use super::Wish;
+use crate::seccomp::{Role, Sandbox, confine};
 
 /// Clients at once, as the daemons have it: more than a few shells and a supervisor are leaked connections.
 const CLIENTS_MAX: usize = 16;
@@ -77,15 +78,17 @@ pub(crate) struct ControlSocket {
 
 impl ControlSocket {
     /// Listens at a path where nobody else does.
-    pub(crate) fn listen(path: &Path) -> io::Result<Self> {
+    pub(crate) fn listen(path: &Path, sandbox: Sandbox) -> io::Result<Self> {
         let listener = listen_at(path)?;
         let bell = Arc::new(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?);
         let (sender, orders) = sync_channel(CLIENTS_MAX);
         let path = path.to_owned();
         let control = Self { orders, bell: Arc::clone(&bell), path };
         let thread = std::thread::Builder::new().name("control".to_owned());
-        thread
-            .spawn(move || accept(&listener, &Clients { sender, bell, present: Arc::new(()) }))?;
+        thread.spawn(move || {
+            confine(Role::Control, sandbox);
+            accept(&listener, &Clients { sender, bell, present: Arc::new(()) });
+        })?;
         Ok(control)
     }
 
@@ -237,9 +240,9 @@ mod tests {
     fn orders_are_answered_one_after_the_other() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("control");
-        let control = ControlSocket::listen(&path).unwrap();
+        let control = ControlSocket::listen(&path, Sandbox::On).unwrap();
         assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
-        let again = ControlSocket::listen(&path).map(drop).unwrap_err();
+        let again = ControlSocket::listen(&path, Sandbox::On).map(drop).unwrap_err();
         assert!(again.to_string().contains("another process"), "{again}");
         let mut client = BufReader::new(UnixStream::connect(&path).unwrap());
         let asking = std::thread::spawn(move || {
@@ -266,7 +269,7 @@ mod tests {
         let path = directory.path().join("control");
         // What a dead process has left.
         drop(UnixListener::bind(&path).unwrap());
-        let control = ControlSocket::listen(&path).unwrap();
+        let control = ControlSocket::listen(&path, Sandbox::On).unwrap();
         let mut client = BufReader::new(UnixStream::connect(&path).unwrap());
         for line in [
             "",
@@ -289,7 +292,7 @@ mod tests {
     fn there_are_at_most_so_many_clients() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("control");
-        let _control = ControlSocket::listen(&path).unwrap();
+        let _control = ControlSocket::listen(&path, Sandbox::On).unwrap();
         let connect = || BufReader::new(UnixStream::connect(&path).unwrap());
         let mut clients: Vec<_> = (0..CLIENTS_MAX).map(|_| connect()).collect();
         assert!(clients.iter_mut().all(|client| ask(client, "x\n").contains("not a command")));
