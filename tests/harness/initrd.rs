@@ -14,6 +14,9 @@ const DIRECTORY: u32 = 0o040_755;
 const PROGRAM: u32 = 0o100_755;
 const SYMLINK: u32 = 0o120_777;
 
+/// What runs programs that are linked to libraries.
+const LOADER: &str = "lib64/ld-linux-x86-64.so.2";
+
 /// An archive under construction.
 #[derive(Debug, Default)]
 pub struct Initrd {
@@ -76,18 +79,31 @@ impl Initrd {
     /// # Panics
     /// If its libraries cannot be listed.
     pub fn program(&mut self, rig: &Rig, path: &str) {
-        let loader = rig.path("lib64/ld-linux-x86-64.so.2");
         let folders =
             ["lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu/ceph"];
         let search: Vec<_> =
             folders.iter().map(|folder| rig.path(folder).display().to_string()).collect();
-        let program = rig.path(path);
-        let listed = Command::new(&loader)
-            .arg("--library-path")
-            .arg(search.join(":"))
-            .arg("--list")
-            .arg(&program)
-            .output();
+        let loader = rig.path(LOADER);
+        let mut list = Command::new(&loader);
+        list.arg("--library-path").arg(search.join(":"));
+        self.linked(path, &rig.path(path), &loader, list);
+    }
+
+    /// Adds a program of this build at `bin`, with the host's loader and libraries. Where a program of the rig needs the same
+    /// ones, these must come first: the host's are no older.
+    ///
+    /// # Panics
+    /// If it is not built, or its libraries cannot be listed.
+    pub fn own_program(&mut self, name: &str) {
+        let loader = Path::new("/").join(LOADER);
+        let program = build_directory().join(name);
+        assert!(program.is_file(), "{} is missing: run `cargo build` first", program.display());
+        self.linked(&format!("bin/{name}"), &program, &loader, Command::new(&loader));
+    }
+
+    /// Adds a program, its loader and what that lists, asked by `list`.
+    fn linked(&mut self, path: &str, program: &Path, loader: &Path, mut list: Command) {
+        let listed = list.arg("--list").arg(program).output();
         let listed =
             listed.unwrap_or_else(|error| panic!("cannot run {}: {error}", loader.display()));
         assert!(
@@ -96,8 +112,8 @@ impl Initrd {
             program.display(),
             String::from_utf8_lossy(&listed.stderr)
         );
-        self.file(path, &program);
-        self.file("lib64/ld-linux-x86-64.so.2", &loader);
+        self.file(path, program);
+        self.file(LOADER, loader);
         // Lines are "NAME => PATH (ADDRESS)"; the kernel's own object and the loader have no arrow.
         for line in String::from_utf8_lossy(&listed.stdout).lines() {
             if let Some((name, rest)) = line.trim().split_once(" => ") {
@@ -160,19 +176,16 @@ impl Initrd {
     }
 }
 
-/// The static program that is PID 1 in the guest.
+/// The static program that is PID 1 in the guest: beside this test's own build, under its own target's name.
 fn guest_program() -> PathBuf {
-    let build =
-        std::env::var_os("OUTBOARD_GUEST").map_or_else(|| static_program("guest"), PathBuf::from);
+    let build = std::env::var_os("OUTBOARD_GUEST").map_or_else(
+        || build_directory().join("../x86_64-unknown-linux-gnu/debug/guest"),
+        PathBuf::from,
+    );
     assert!(
         build.is_file(),
         "{} is missing: run `make guest` first (`make test-fast` does)",
         build.display()
     );
     build
-}
-
-/// Where a program of ours is that was linked statically: beside this test's own build, under its own target's name.
-pub fn static_program(name: &str) -> PathBuf {
-    build_directory().join("../x86_64-unknown-linux-gnu/debug").join(name)
 }

@@ -31,7 +31,7 @@ pub use deadline::wait_for_exit;
 pub use disk_image::DiskImage;
 pub use echo::Echo;
 pub use frame::{Checksum, Frame, Malformed, Packet, Transport};
-pub use initrd::{Initrd, static_program};
+pub use initrd::Initrd;
 pub use iperf::Iperf;
 pub use loop_device::LoopDevice;
 pub use machine::Machine;

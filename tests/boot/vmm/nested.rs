@@ -5,12 +5,11 @@
 //! virtual machine prints, whose verdicts and announcements so come on one console with its own. The scripts wait for
 //! nothing that the machine prints, so each line's answer comes before the machine's next announcement.
 
-use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use guest::announcement::Announcement;
 use serde_json::Value;
-use tests::{Initrd, KernelRelease, Machine, Rig, TempDir, cannot_run, temp_dir};
+use tests::{Initrd, KernelRelease, Machine, Rig, TempDir, temp_dir};
 
 use super::accelerator::accelerator;
 use crate::qemu::emulator::MODULES;
@@ -27,7 +26,7 @@ const HOST_MODULES: [&str; 3] = ["irqbypass", "kvm", "tun"];
 const MORE_MODULES: [&str; 3] = ["virtio_console", "button", "evdev"];
 /// Sums what is resident of a process, but for what it shares as guest memory.
 const RESIDENT: &str = "awk '/^[0-9a-f]+-/ { guest = /memfd:/ } /^Rss:/ && !guest { sum += $2 } END { print \"resident KiB\", sum }'";
-/// Our programs, which are linked statically for this.
+/// Our programs.
 const PROGRAMS: [&str; 4] = ["outboard-vmm", "vhost-blk", "vhost-net", "vhost-console"];
 
 /// What speaks to control sockets.
@@ -52,11 +51,6 @@ impl Host {
         add: impl FnOnce(&Rig, &mut Initrd),
     ) -> Option<Self> {
         let rig = Rig::find()?;
-        let Some(programs) = PROGRAMS.iter().map(|name| program(name)).collect::<Option<Vec<_>>>()
-        else {
-            cannot_run("our static programs are missing: run `make nested`");
-            return None;
-        };
         let accelerator = accelerator();
         let directory = temp_dir();
         let path = |name: &str| directory.path().join(name);
@@ -71,8 +65,8 @@ impl Host {
             &rig,
             &modules(&[&HOST_MODULES[..], &[accelerator.module]].concat()),
         );
-        for (name, from) in PROGRAMS.iter().zip(&programs) {
-            outer.file(&format!("bin/{name}"), from);
+        for name in PROGRAMS {
+            outer.own_program(name);
         }
         outer.program(&rig, SOCAT);
         outer.file("kernel", &rig.kernel(release));
@@ -143,11 +137,6 @@ impl Host {
         }
     }
 
-    /// Reads the console up to a line with this text.
-    pub(super) fn wait_for(&mut self, text: &str) {
-        self.machine.wait_for(text);
-    }
-
     /// Asks the VMM for its statistics.
     pub(super) fn statistics(&mut self) -> Value {
         let line = self.ask("run kill -HUP $(pidof outboard-vmm)", "\"starts\"");
@@ -208,10 +197,4 @@ impl Host {
         self.machine.expect_pass();
         assert!(self.machine.wait().success());
     }
-}
-
-/// A static program of this build, if it is there.
-fn program(name: &str) -> Option<PathBuf> {
-    let path = tests::static_program(name);
-    Path::new(&path).is_file().then_some(path)
 }
