@@ -6,7 +6,7 @@
 //! they should be. A message that may not be is a [`Fault`]; the state is then as before.
 //!
 //! All state stands in plain values beside the descriptors that came with it ([`Vring`],
-//! [`MemorySlot`]), so that it can be written down and taken up by a successor.
+//! [`MemorySlot`]), so that it can be written down and taken up by a successor ([`image`]).
 //!
 //! What it deliberately does not do: dirty logging, postcopy. Their features are
 //! not offered, so the message table refuses their requests.
@@ -19,6 +19,7 @@
     clippy::panic
 )]
 
+mod image;
 mod vring;
 
 use std::os::fd::OwnedFd;
@@ -30,6 +31,7 @@ use crate::protocol::{
 };
 use crate::virtqueue::{InflightShape, RING_FEATURES};
 
+pub use self::image::{SavedFault, SavedSession};
 use self::vring::Vring;
 pub use self::vring::{Ring, RingFault};
 

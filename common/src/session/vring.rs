@@ -15,6 +15,8 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+
 use crate::memory::FrontendAddress;
 use crate::virtqueue::RingAddresses;
 
@@ -84,7 +86,87 @@ enum Running {
     Outdated,
 }
 
+/// A vring written down, with descriptors named by `F`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct SavedRing<F> {
+    size: Option<u16>,
+    base: u16,
+    /// Descriptor table, available ring, used ring.
+    addresses: Option<[u64; 3]>,
+    kick: SavedKick<F>,
+    call: Option<F>,
+    error: Option<F>,
+    enabled: bool,
+    /// It is on its worker.
+    pub(super) running: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum SavedKick<F> {
+    Stopped,
+    Polled,
+    Descriptor(F),
+}
+
+impl<F> SavedRing<F> {
+    pub(super) fn try_map<G, E>(
+        self,
+        name: &mut impl FnMut(F) -> Result<G, E>,
+    ) -> Result<SavedRing<G>, E> {
+        let kick = match self.kick {
+            SavedKick::Stopped => SavedKick::Stopped,
+            SavedKick::Polled => SavedKick::Polled,
+            SavedKick::Descriptor(fd) => SavedKick::Descriptor(name(fd)?),
+        };
+        let Self { size, base, addresses, enabled, running, .. } = self;
+        let call = self.call.map(&mut *name).transpose()?;
+        let error = self.error.map(&mut *name).transpose()?;
+        Ok(SavedRing { size, base, addresses, kick, call, error, enabled, running })
+    }
+}
+
 impl Vring {
+    pub(super) fn save(&self) -> SavedRing<Arc<OwnedFd>> {
+        let kick = match &self.kick {
+            KickState::Stopped => SavedKick::Stopped,
+            KickState::Polled => SavedKick::Polled,
+            KickState::Descriptor(fd) => SavedKick::Descriptor(Arc::clone(fd)),
+        };
+        let addresses = self.addresses.map(|at| [at.descriptor.0, at.available.0, at.used.0]);
+        SavedRing {
+            size: self.size,
+            base: self.base,
+            addresses,
+            kick,
+            call: self.call.clone(),
+            error: self.error.clone(),
+            enabled: self.enabled,
+            running: self.is_running(),
+        }
+    }
+
+    /// The vring that was described so. It does not run.
+    pub(super) fn restore(saved: SavedRing<Arc<OwnedFd>>, max: u16) -> Result<Self, RingFault> {
+        let mut ring = Self { call: saved.call, error: saved.error, ..Self::default() };
+        if let Some(size) = saved.size {
+            ring.set_size(size.into(), max)?;
+        }
+        ring.base = saved.base;
+        if let Some([descriptor, available, used]) = saved.addresses {
+            let [descriptor, available, used] = [descriptor, available, used].map(FrontendAddress);
+            ring.set_addresses(descriptor, available, used)?;
+        }
+        ring.enabled = saved.enabled;
+        ring.kick = match saved.kick {
+            SavedKick::Stopped => KickState::Stopped,
+            SavedKick::Polled => KickState::Polled,
+            SavedKick::Descriptor(fd) => KickState::Descriptor(fd),
+        };
+        Ok(ring)
+    }
+
     pub(super) fn set_size(&mut self, num: u32, max: u16) -> Result<(), RingFault> {
         let size = u16::try_from(num).ok().filter(|size| size.is_power_of_two() && *size <= max);
         let size = size.ok_or(RingFault::Size { num, max })?;
