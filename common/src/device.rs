@@ -122,6 +122,18 @@ pub trait Device: Send + Sync + 'static {
     }
     /// A front end has connected: it is another guest's, unless it says otherwise.
     fn new_session(&self) {}
+    /// What this session has changed of the device, for a successor of this process that goes on with it; on the main thread,
+    /// after each message. `None`: the device has more than that, and nobody can go on.
+    fn save(&self) -> Option<Value> {
+        None
+    }
+    /// The session that begins goes on with what a predecessor has [saved](Self::save); before any ring runs.
+    ///
+    /// # Errors
+    /// It cannot be what this device has saved.
+    fn restore(&self, saved: &Value) -> Result<(), NotRestored> {
+        Err(NotRestored { saved: saved.clone() })
+    }
     /// The files that operations name by their place here.
     fn files(&self) -> Vec<BorrowedFd<'_>>;
     /// The channels that queues receive and send through, named by their place here. They do not block.
@@ -179,6 +191,14 @@ pub enum NotAnnounced {
     NoSwitch,
     #[error("the network does not take it")]
     Unsent(#[source] std::io::Error),
+}
+
+/// Why a device does not go on where a predecessor was.
+#[derive(Debug, thiserror::Error)]
+#[error("the device cannot be in the state {saved}")]
+pub struct NotRestored {
+    /// What the predecessor is to have saved.
+    pub saved: Value,
 }
 
 /// What [`Device::refresh`] has found.

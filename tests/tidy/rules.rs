@@ -50,6 +50,7 @@ const PARSERS: &[&str] = &[
     "common/src/virtqueue/chain.rs",
     "common/src/virtqueue/split.rs",
     "common/src/daemon/control.rs",
+    "common/src/daemon/store",
     "common/src/rate_limit/spec.rs",
     "vhost-blk/src/request.rs",
     "vhost-console/src/command.rs",

@@ -12,11 +12,14 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use common::device::{Account, Device, DeviceQueue, HostFault, NotRefreshed, QueueIo, Refreshed};
+use common::device::{
+    Account, Device, DeviceQueue, HostFault, NotRefreshed, NotRestored, QueueIo, Refreshed,
+};
 use common::engine::{Completion, Op, Zeroing};
 use common::rate_limit::{Direction, Topic};
 use common::virtqueue::Chain;
 use rustix::io::Errno;
+use serde_json::{Value, json};
 
 use crate::config::{
     ConfigSpace, QueueLimits, Serial, VIRTIO_BLK_F_FLUSH, features, written_cache,
@@ -28,6 +31,9 @@ use syncs::Syncs;
 
 /// What nothing moved means: a file that ends before the disk does has been truncated by somebody.
 const ENDS_EARLY: Errno = Errno::NODATA;
+
+/// What a session can have changed of the device: whether its cache is write-back, whatever the options say.
+const WRITE_BACK: &str = "write_back";
 
 /// A disk as a virtio device.
 pub(crate) struct BlockDevice {
@@ -80,6 +86,17 @@ impl Device for BlockDevice {
 
     fn reset(&self) {
         self.disk.reset();
+    }
+
+    fn save(&self) -> Option<Value> {
+        Some(json!({ WRITE_BACK: self.disk.cache().is_write_back() }))
+    }
+
+    fn restore(&self, saved: &Value) -> Result<(), NotRestored> {
+        let to_write_back = saved.get(WRITE_BACK).and_then(Value::as_bool);
+        let no = || NotRestored { saved: saved.clone() };
+        self.disk.switch_cache(to_write_back.ok_or_else(no)?);
+        Ok(())
     }
 
     fn refresh(&self) -> Result<Refreshed, NotRefreshed> {

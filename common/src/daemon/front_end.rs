@@ -3,17 +3,22 @@
 //! [`Session`] says what each message means; here it is done: memory mapped, rings started and
 //! stopped, answers sent. A message in the wrong is refused where the front end asked for an
 //! acknowledgement, and ends the session where it did not.
+//!
+//! Where the service manager keeps descriptors, a successor can go on with the session ([`succession`]).
+
+mod succession;
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 use tokio::time::timeout;
 use tracing::{debug, info, warn};
 
 use super::log::{RateLimit, with_sources};
 use super::refresh::{Attendance, Refresher};
+use super::store::{KeptInflight, Store};
 use crate::device::{Device, Network};
 use crate::memory::{MapError, MemoryMap, Region};
 use crate::metrics::Metrics;
@@ -23,6 +28,8 @@ use crate::protocol::{
 use crate::session::{Action, Fault, InflightSlot, MemorySlot, Offer, Ring, Session};
 use crate::virtqueue::{InflightRegion, InflightShape, RingError, RingSetup, Virtqueue};
 use crate::worker::{Kick, NoEventfd, RingStart, WorkerEvent, Workers};
+
+pub(super) use self::succession::connection_of;
 
 /// How long a front end may leave a reply unread.
 const REPLY_MAX: Duration = Duration::from_secs(10);
@@ -56,6 +63,9 @@ pub(super) enum End {
     /// A worker cannot go on.
     #[error("the I/O engine failed")]
     Engine(#[source] std::io::Error),
+    /// This process is to end, and a successor can go on.
+    #[error("told to end")]
+    Told,
 }
 
 /// Why a message was refused.
@@ -93,6 +103,15 @@ enum Answered {
     Shared(Vec<u8>, OwnedFd),
 }
 
+/// What front ends are served with.
+pub(super) struct Means<'a, D: Device> {
+    pub(super) refresher: &'a Refresher<D>,
+    pub(super) workers: &'a mut Workers<D>,
+    pub(super) metrics: &'a Metrics,
+    pub(super) gate: &'a mut RateLimit,
+    pub(super) store: Option<&'a mut Store>,
+}
+
 /// A front end being served.
 pub(super) struct FrontEnd<'a, D: Device> {
     connection: Connection,
@@ -101,32 +120,34 @@ pub(super) struct FrontEnd<'a, D: Device> {
     workers: &'a mut Workers<D>,
     metrics: &'a Metrics,
     memory: Arc<MemoryMap>,
-    /// Where requests in flight are recorded, if the front end keeps that.
-    inflight: Option<InflightRegion>,
+    /// Where requests in flight are recorded, if the front end keeps that, or the service manager.
+    inflight: Option<(InflightRegion, KeptInflight<Arc<OwnedFd>>)>,
     /// How it hears of changes.
     attendance: Attendance<'a, D>,
+    refresher: &'a Refresher<D>,
     gate: &'a mut RateLimit,
     announcements: RateLimit,
     /// The rings of which the log has said that they wait for memory.
     waiting: Vec<u16>,
+    /// Where a successor finds all this.
+    store: Option<&'a mut Store>,
+    /// The connection and the back-end channel once more, to be stored.
+    socket: Arc<OwnedFd>,
+    channel: Option<Arc<OwnedFd>>,
+    /// The rings that a predecessor has left running, while they are taken up.
+    taken_up: Vec<u16>,
 }
 
 impl<'a, D: Device> FrontEnd<'a, D> {
     pub(super) fn new(
         stream: std::os::unix::net::UnixStream,
-        refresher: &'a Refresher<D>,
-        workers: &'a mut Workers<D>,
-        metrics: &'a Metrics,
-        gate: &'a mut RateLimit,
+        means: Means<'a, D>,
     ) -> std::io::Result<Self> {
+        let Means { refresher, workers, metrics, gate, store } = means;
         let device = refresher.device();
         device.new_session();
-        let session = Session::new(Offer {
-            features: device.features(),
-            queue_count: device.queue_count(),
-            max_queue_size: device.max_queue_size(),
-            is_network: device.network().is_some(),
-        });
+        let session = Session::new(offer(device));
+        let socket = Arc::new(OwnedFd::from(stream.try_clone()?));
         Ok(Self {
             connection: Connection::new(stream)?,
             session,
@@ -136,19 +157,32 @@ impl<'a, D: Device> FrontEnd<'a, D> {
             memory: Arc::new(MemoryMap::empty()),
             inflight: None,
             attendance: refresher.attend(),
+            refresher,
             gate,
             announcements: RateLimit::new(ANNOUNCEMENTS_MAX, Duration::from_secs(1)),
             waiting: Vec::new(),
+            store,
+            socket,
+            channel: None,
+            taken_up: Vec::new(),
         })
     }
 
-    /// Serves until the session ends. The rings may still run then: [`drain`](Self::drain).
-    pub(super) async fn serve(&mut self, events: &mut mpsc::Receiver<WorkerEvent>) -> End {
+    /// Serves until the session ends, or between two messages, when `leave` says so. The rings may still run then:
+    /// [`drain`](Self::drain), or [`hand_over`](Self::hand_over).
+    pub(super) async fn serve(
+        &mut self,
+        events: &mut mpsc::Receiver<WorkerEvent>,
+        leave: &Notify,
+    ) -> End {
         loop {
+            let store = self.store.as_deref();
+            let mark = |busy| store.iter().for_each(|store| store.set_busy(busy));
             let served = tokio::select! {
                 biased;
+                () = leave.notified() => return End::Told,
                 Some(event) = events.recv() => self.hear(event),
-                message = self.connection.receive() => self.receive(message).await,
+                message = self.connection.receive_marked(mark) => self.receive(message).await,
             };
             if let Err(end) = served {
                 return end;
@@ -156,9 +190,12 @@ impl<'a, D: Device> FrontEnd<'a, D> {
         }
     }
 
-    /// Stops all rings: returns when nothing is in flight.
+    /// Stops all rings: returns when nothing is in flight. The session has ended then, and nothing of it is left.
     pub(super) async fn drain(self) {
         patiently("the requests in flight", self.workers.stop_rings()).await;
+        if let Some(store) = self.store {
+            store.end_session(&self.socket);
+        }
     }
 
     /// Tells the log why the session ended.
@@ -196,7 +233,9 @@ impl<'a, D: Device> FrontEnd<'a, D> {
             Ok(Some(message)) => message,
             Ok(None) => return Err(End::HangUp),
             Err(ReceiveError::Refused { request_id, need_reply, reason }) => {
-                return self.refuse(request_id, need_reply, reason.into()).await;
+                let refused = self.refuse(request_id, need_reply, reason.into()).await;
+                self.is_between_messages(refused.is_ok());
+                return refused;
             }
             Err(error) => {
                 self.metrics.daemon.protocol_errors.add(1);
@@ -206,9 +245,9 @@ impl<'a, D: Device> FrontEnd<'a, D> {
         debug!(request = %message.request, payload = ?message.payload, "received");
         let (request, need_reply) = (message.request, message.need_reply);
         let acted = self.act(message).await;
-        let runs = (0..self.session.ring_count()).any(|index| self.is_running(index));
-        self.attendance.is_now(self.session.reads_config(), runs);
-        match acted {
+        self.note_attendance();
+        self.commit();
+        let answered = match acted {
             Ok(Answered::Body(body)) => send(self.connection.reply(request, &body)).await,
             Ok(Answered::Shared(body, fd)) => {
                 send(self.connection.reply_with(request, &body, fd.as_fd())).await
@@ -218,7 +257,15 @@ impl<'a, D: Device> FrontEnd<'a, D> {
             }
             Ok(Answered::Ack) => Ok(()),
             Err(refused) => self.refuse(request.into(), need_reply, refused).await,
-        }
+        };
+        self.is_between_messages(answered.is_ok());
+        answered
+    }
+
+    /// Whether a ring runs, and the front end reads the configuration space, may be another by now.
+    fn note_attendance(&self) {
+        let runs = (0..self.session.ring_count()).any(|index| self.is_running(index));
+        self.attendance.is_now(self.session.reads_config(), runs);
     }
 
     /// Says no to a request, where there is a way to say it.
@@ -283,7 +330,7 @@ impl<'a, D: Device> FrontEnd<'a, D> {
                 let file = shape.create().map_err(Refused::CreateInflight)?;
                 return Ok(Answered::Shared(describe_inflight(shape), file));
             }
-            Action::Inflight(slot) => self.record_inflight(&slot)?,
+            Action::Inflight(slot) => self.record_inflight(slot)?,
             Action::ReadConfig { offset, len_bytes } => {
                 return Ok(Answered::Body(self.read_config(offset, len_bytes)));
             }
@@ -302,10 +349,7 @@ impl<'a, D: Device> FrontEnd<'a, D> {
                     return Err(Refused::Mtu { mtu_bytes });
                 }
             }
-            Action::BackendChannel(socket) => {
-                let channel = BackendChannel::new(socket).map_err(Refused::Channel)?;
-                self.attendance.set_channel(channel);
-            }
+            Action::BackendChannel(socket) => self.speak_over(socket)?,
         }
         debug!(%request, "done");
         Ok(Answered::Ack)
@@ -365,13 +409,14 @@ impl<'a, D: Device> FrontEnd<'a, D> {
     fn start(&mut self, index: u16, ring: Ring) -> Result<(), Refused> {
         let (size, base) = (ring.size, ring.base);
         let features = self.session.features();
+        let record = self.record_of(index)?;
         let setup = RingSetup {
             addresses: ring.addresses,
             size,
             base,
             features,
             memory: Arc::clone(&self.memory),
-            record: self.inflight.as_ref().and_then(|region| region.record(index)),
+            record,
         };
         let kick = match Kick::new(ring.kick) {
             Ok(kick) => kick,
@@ -428,9 +473,27 @@ impl<'a, D: Device> FrontEnd<'a, D> {
     }
 
     /// Has rings that start from here on record what is in flight.
-    fn record_inflight(&mut self, slot: &InflightSlot) -> Result<(), Refused> {
-        let region = InflightRegion::map(slot.shape, slot.file_offset_bytes, slot.file.as_fd());
-        self.inflight = Some(region.map_err(Refused::Inflight)?);
+    fn record_inflight(&mut self, slot: InflightSlot) -> Result<(), Refused> {
+        let InflightSlot { shape, file_offset_bytes, file } = slot;
+        let file = Arc::new(file);
+        let InflightShape { queue_count, queue_size } = shape;
+        let is_ours = false;
+        self.record_at(KeptInflight { queue_count, queue_size, file_offset_bytes, file, is_ours })
+    }
+
+    fn record_at(&mut self, kept: KeptInflight<Arc<OwnedFd>>) -> Result<(), Refused> {
+        let (shape, offset_bytes) = (kept.shape(), kept.file_offset_bytes);
+        let region = InflightRegion::map(shape, offset_bytes, kept.file.as_fd());
+        self.inflight = Some((region.map_err(Refused::Inflight)?, kept));
+        Ok(())
+    }
+
+    /// Speaks to the front end over this socket.
+    fn speak_over(&mut self, socket: OwnedFd) -> Result<(), Refused> {
+        let kept = socket.try_clone().map_err(Refused::Channel)?;
+        let channel = BackendChannel::new(socket).map_err(Refused::Channel)?;
+        self.attendance.set_channel(channel);
+        self.channel = Some(Arc::new(kept));
         Ok(())
     }
 
@@ -452,6 +515,16 @@ impl<'a, D: Device> FrontEnd<'a, D> {
         body.resize(head + len_bytes as usize, 0);
         self.device.read_config(self.session.features(), offset, &mut body[head..]);
         body
+    }
+}
+
+/// What a device has for a front end.
+fn offer(device: &impl Device) -> Offer {
+    Offer {
+        features: device.features(),
+        queue_count: device.queue_count(),
+        max_queue_size: device.max_queue_size(),
+        is_network: device.network().is_some(),
     }
 }
 

@@ -14,17 +14,21 @@ mod inherited;
 mod socket_file;
 
 use std::io;
-use std::os::fd::RawFd;
+use std::os::fd::{OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use rustix::fs::Mode;
 use thiserror::Error;
+use tracing::warn;
 
 pub use inherited::{duplicate, release};
 pub use socket_file::{Access, SocketFile};
+pub(super) use socket_file::{bound_to, listens};
 
 use super::options::DaemonOptions;
+use super::store::{self, Kept, KeptListener};
 
 /// The name under which a service manager passes the control socket (`FileDescriptorName=control`).
 const CONTROL_NAME: &str = "control";
@@ -199,6 +203,7 @@ pub struct Claimed<'a> {
     vhost_user: Claim<'a>,
     control: Option<Claim<'a>>,
     access: Access,
+    kept: Vec<Kept>,
 }
 
 enum Claim<'a> {
@@ -274,7 +279,12 @@ fn claim_with(
         (None, Some(fd)) => Some(from_fd(Origin::Fd(fd), fd)),
         (None, None) => None,
     };
+    let mut kept = Vec::new();
     for (fd, name) in passed {
+        if store::is_ours(&name) {
+            kept.extend(take_kept(fd, name));
+            continue;
+        }
         let (slot, purpose) = if name == CONTROL_NAME {
             (&mut control, "control")
         } else {
@@ -290,16 +300,49 @@ fn claim_with(
         vhost_user: vhost_user.ok_or(ListenError::NoSocket)?.claim()?,
         control: control.map(Source::claim).transpose()?,
         access: Access { mode: options.socket_mode, group: options.socket_group },
+        kept,
     })
 }
 
+/// Takes over a descriptor that a predecessor has stored. One that cannot be had is missing, which its image will show.
+fn take_kept(fd: RawFd, name: String) -> Option<Kept> {
+    match duplicate(fd).and_then(|file| release(fd).map(|()| file)) {
+        Ok(file) => Some((name, file)),
+        Err(error) => {
+            warn!(%error, "LISTEN_FDS: descriptor {fd} named {name:?} cannot be taken over");
+            None
+        }
+    }
+}
+
 impl Claimed<'_> {
+    /// What a predecessor has stored.
+    pub(super) fn take_kept(&mut self) -> Vec<Kept> {
+        std::mem::take(&mut self.kept)
+    }
+
     /// Creates the sockets that the options name.
     ///
     /// # Errors
     /// Says which path is wrong; sockets created before the error are removed again.
     pub fn listen(self) -> Result<Sockets, ListenError> {
-        let (_, vhost_user) = self.vhost_user.listen(self.access)?;
+        self.listen_after(None)
+    }
+
+    /// The same; what a predecessor had bound to the path of the vhost-user socket is used in place of a new one, if it still is
+    /// what is there.
+    pub(super) fn listen_after(
+        self,
+        predecessor: Option<KeptListener<Arc<OwnedFd>>>,
+    ) -> Result<Sockets, ListenError> {
+        let bound = match (&self.vhost_user, predecessor) {
+            (Claim::Path(_, path), Some(kept)) => socket_file::listen_again(path, &kept),
+            _ => None,
+        };
+        let vhost_user = match bound {
+            Some(listener) => Endpoint::Listening(listener),
+            None => self.vhost_user.listen(self.access)?.1,
+        };
         let control = match self.control.map(|claim| claim.listen(self.access)).transpose()? {
             None => None,
             Some((_, Endpoint::Listening(listener))) => Some(listener),

@@ -4,7 +4,8 @@
 //! Everything else is here, once for all devices: sockets and who may reach them ([`listener`]),
 //! one front end after another ([`serve`], [`front_end`]), the engine that workers get ([`aio`]), the
 //! operator's questions ([`control`], [`operator`]), a device that grows ([`refresh`]), what a killed
-//! daemon still has open ([`predecessor`]), the service manager ([`notify`], [`watchdog`]) and the log ([`log`]).
+//! daemon still has open ([`predecessor`]) and what it has left on purpose ([`store`]), the service manager ([`notify`],
+//! [`watchdog`]) and the log ([`log`]).
 //!
 //! All of it runs on the main thread, on one `tokio` runtime, and never touches a running ring.
 
@@ -20,6 +21,7 @@ pub mod options;
 pub mod predecessor;
 mod refresh;
 pub mod serve;
+mod store;
 mod watchdog;
 
 pub use self::options::DaemonOptions;

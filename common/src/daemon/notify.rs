@@ -1,13 +1,81 @@
 //! What the service manager is told: that the daemon is ready, what it is doing, that it does its work, that it is
-//! stopping.
+//! stopping; and the descriptors that it is to keep for a successor ([`Manager`]).
 //!
 //! Without `NOTIFY_SOCKET` in the environment all of this does nothing. A message that cannot be
 //! delivered is logged and forgotten: the manager's socket is no reason to deny a guest its device.
 
+use std::io::{self, IoSlice};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::time::Duration;
 
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use sd_notify::NotifyState;
 use tracing::warn;
+
+/// How long the manager may leave its queue full. It is busy for a moment when a host starts; no guest is to wait for more.
+const SEND_MAX: Duration = Duration::from_secs(5);
+
+/// The service manager as one who keeps descriptors. What it does not take, it drops in silence.
+pub(super) struct Manager {
+    socket: UnixDatagram,
+}
+
+impl Manager {
+    /// `None`: there is none.
+    pub(super) fn connect() -> io::Result<Option<Self>> {
+        let Some(path) = std::env::var_os("NOTIFY_SOCKET").filter(|path| !path.is_empty()) else {
+            return Ok(None);
+        };
+        let address = match path.as_bytes() {
+            [b'@', name @ ..] => SocketAddr::from_abstract_name(name)?,
+            path => SocketAddr::from_pathname(std::ffi::OsStr::from_bytes(path))?,
+        };
+        let socket = UnixDatagram::unbound()?;
+        socket.connect_addr(&address)?;
+        socket.set_write_timeout(Some(SEND_MAX))?;
+        Ok(Some(Self { socket }))
+    }
+
+    /// Has it keep a descriptor under this name, whatever the other end of it does.
+    pub(super) fn store(&self, name: &str, fd: &OwnedFd) {
+        let message = format!("FDSTORE=1\nFDNAME={name}\nFDPOLL=0\n");
+        if let Err(error) = self.send(&message, Some(fd)) {
+            warn!(%error, name, "the service manager cannot be given a descriptor to keep");
+        }
+    }
+
+    /// Has it close what it keeps under this name.
+    pub(super) fn remove(&self, name: &str) {
+        if let Err(error) = self.send(&format!("FDSTOREREMOVE=1\nFDNAME={name}\n"), None) {
+            warn!(%error, name, "the service manager cannot be told to close a descriptor");
+        }
+    }
+
+    fn send(&self, message: &str, fd: Option<&OwnedFd>) -> io::Result<()> {
+        let fds: Vec<_> = fd.iter().map(AsFd::as_fd).collect();
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut ancillary = SendAncillaryBuffer::new(&mut space);
+        if !fds.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(&fds)) {
+            return Err(io::Error::other("there is no room for the descriptor"));
+        }
+        let message = [IoSlice::new(message.as_bytes())];
+        // A full queue is waited for, and io_uring interrupts who waits.
+        rustix::io::retry_on_intr(|| {
+            rustix::net::sendmsg(&self.socket, &message, &mut ancillary, SendFlags::NOSIGNAL)
+        })?;
+        Ok(())
+    }
+}
+
+/// Whether the manager says that it keeps descriptors (`$FDSTORE`, since systemd 254: their number).
+pub(super) fn has_a_store() -> bool {
+    let number = std::env::var("FDSTORE").ok().and_then(|number| number.parse::<u64>().ok());
+    number.is_some_and(|number| number > 0)
+}
 
 /// The daemon's sockets are open: whoever waits for it may connect. `status` is shown to the
 /// operator (`systemctl status`).

@@ -2,6 +2,7 @@
 
 use std::convert::Infallible;
 use std::error::Error;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream as StdStream;
 use std::process::ExitCode;
 use std::rc::Rc;
@@ -13,17 +14,18 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::UnixListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 use tokio::time::{sleep, timeout};
 use tracing::{error, info, warn};
 
 use super::aio;
 use super::control;
-use super::front_end::{End, FrontEnd};
-use super::listener::{self, Endpoint, Sockets};
-use super::log::{self, RateLimit};
+use super::front_end::{End, FrontEnd, Means, connection_of};
+use super::listener::{self, Endpoint, Listener, Sockets};
+use super::log::{self, RateLimit, with_sources};
 use super::operator::Operator;
 use super::refresh::Refresher;
+use super::store::{HeldLife, KeptListener, Legacy, Store};
 use super::{DaemonOptions, notify, watchdog};
 use crate::device::{Device, Runtime};
 use crate::memory::sigbus;
@@ -65,7 +67,7 @@ pub fn run<D: Device, E: Error + 'static>(
     match start(options, limits, open) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            error!("{}", log::with_sources(failure.as_ref()));
+            error!("{}", with_sources(failure.as_ref()));
             ExitCode::FAILURE
         }
     }
@@ -79,7 +81,8 @@ fn start<D: Device, E: Error + 'static>(
 ) -> Result<(), Box<dyn Error>> {
     sigbus::install();
     raise_descriptor_limit();
-    let claimed = listener::claim(options)?;
+    let mut claimed = listener::claim(options)?;
+    let kept = claimed.take_kept();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     // From here on a signal waits until the daemon serves, and ends it in good order.
     let signals = {
@@ -93,14 +96,40 @@ fn start<D: Device, E: Error + 'static>(
     let metrics = Arc::new(Metrics::new(identity, vocabulary, device.queue_count()));
     metrics.limits.change(limits);
     let (workers, events) = Workers::start(Arc::clone(&device), engine, options.threads, &metrics)?;
-    let sockets = claimed.listen()?;
+    let (mut store, legacy) = Store::open(kept, D::NAME).unzip();
+    let Legacy { listener, session } = legacy.unwrap_or_default();
+    let mut sockets = claimed.listen_after(listener)?;
+    match (&mut sockets.vhost_user, &mut store) {
+        (Endpoint::Listening(listener), Some(store)) => keep_listener(listener, store),
+        // Its one front end is whoever's it was that passed the connection.
+        (Endpoint::Connected(_), _) => store = None,
+        (Endpoint::Listening(_), None) => {}
+    }
     let gate = RateLimit::new(LOG_LINES, LOG_INTERVAL);
     let refresher = Rc::new(Refresher::new(device));
-    let daemon = Daemon { refresher, workers, events, metrics, gate };
-    let served = runtime.block_on(daemon.serve(sockets, signals));
+    let daemon = Daemon { refresher, workers, events, metrics, gate, store };
+    let served = runtime.block_on(daemon.serve(sockets, signals, session));
     // A thread that waits for a disk which hangs does not keep the process.
     runtime.shutdown_background();
     Ok(served?)
+}
+
+/// Has a socket that this process has bound outlive it. Its file does, too, where the service manager is known to keep the
+/// socket: else nobody would listen there.
+fn keep_listener(listener: &mut Listener, store: &mut Store) {
+    let Some(file) = &listener.file else { return store.keep_listener(None) };
+    let kept = listener.socket.try_clone().and_then(|socket| {
+        Ok(KeptListener { socket: Arc::new(OwnedFd::from(socket)), file: file.identity()? })
+    });
+    match kept {
+        Ok(kept) => store.keep_listener(Some(kept)),
+        Err(error) => warn!(%error, "the socket cannot be kept for a successor"),
+    }
+    if notify::has_a_store()
+        && let Some(file) = listener.file.take()
+    {
+        file.leave();
+    }
 }
 
 /// What the device's own errands can have done.
@@ -126,6 +155,8 @@ struct Daemon<D: Device> {
     metrics: Arc<Metrics>,
     /// Bounds what front ends and guests can write to the log, however often they come.
     gate: RateLimit,
+    /// Where a successor finds the session.
+    store: Option<Store>,
 }
 
 /// A front end may pass a descriptor for each of its memory regions and three for each ring: more
@@ -170,7 +201,12 @@ impl Termination {
 }
 
 impl<D: Device> Daemon<D> {
-    async fn serve(mut self, sockets: Sockets, signals: Signals) -> Result<(), Failure> {
+    async fn serve(
+        mut self,
+        sockets: Sockets,
+        signals: Signals,
+        legacy: Option<HeldLife>,
+    ) -> Result<(), Failure> {
         let Sockets { vhost_user, control } = sockets;
         let Signals { mut termination, refresh } = signals;
         let refresher = Rc::clone(&self.refresher);
@@ -195,11 +231,11 @@ impl<D: Device> Daemon<D> {
             match vhost_user {
                 Endpoint::Listening(listener) => {
                     let socket = tokio_listener(listener.socket)?;
-                    self.serve_all(&socket, &mut termination).await
+                    self.serve_all(&socket, &mut termination, legacy).await
                 }
                 Endpoint::Connected(stream) => {
                     notify::ready("serving the front end that was given");
-                    self.serve_one(stream, None, &mut termination).await.map(drop)
+                    self.serve_one(Guest::New(stream), None, &mut termination).await.map(drop)
                 }
             }
         };
@@ -228,10 +264,21 @@ impl<D: Device> Daemon<D> {
         &mut self,
         listener: &UnixListener,
         termination: &mut Termination,
+        legacy: Option<HeldLife>,
     ) -> Result<(), Failure> {
+        let mut next = None;
+        if let Some(life) = legacy {
+            let others = Some((listener, &mut next));
+            notify::ready("serving a predecessor's front end");
+            if self.serve_one(Guest::Left(Box::new(life)), others, termination).await? == Then::Exit
+            {
+                return Ok(());
+            }
+        } else if let Some(store) = &mut self.store {
+            store.commit(None);
+        }
         notify::ready("waiting for a front end");
         info!("waiting for a front end");
-        let mut next = None;
         loop {
             let accepted = match next.take() {
                 Some(stream) => Ok(stream),
@@ -247,7 +294,8 @@ impl<D: Device> Daemon<D> {
                 Ok(stream) => {
                     notify::status("serving a front end");
                     let others = Some((listener, &mut next));
-                    if self.serve_one(stream, others, termination).await? == Then::Exit {
+                    if self.serve_one(Guest::New(stream), others, termination).await? == Then::Exit
+                    {
                         return Ok(());
                     }
                     notify::status("waiting for a front end");
@@ -264,48 +312,57 @@ impl<D: Device> Daemon<D> {
     /// connect meanwhile, the one that comes when this one has hung up is the next.
     async fn serve_one(
         &mut self,
-        stream: StdStream,
+        guest: Guest,
         others: Option<(&UnixListener, &mut Option<StdStream>)>,
         termination: &mut Termination,
     ) -> Result<Then, Failure> {
-        let Self { refresher, workers, events, metrics, gate } = self;
-        let pid = peer_of(&stream);
-        gate.log(Instant::now(), || info!(pid, "front end connected"));
-        metrics.daemon.sessions.add(1);
+        let Self { refresher, workers, events, metrics, gate, store } = self;
         // What workers said of the last session is no business of this one.
         while let Ok(event) = events.try_recv() {
             if let WorkerEvent::EngineFailed(error) = event {
                 return Err(Failure::Engine(error));
             }
         }
-        let opened = stream.try_clone().and_then(|current| {
-            FrontEnd::new(stream, refresher, workers, metrics, gate).map(|new| (current, new))
-        });
-        let (current, mut front_end) = match opened {
+        let means = Means { refresher, workers, metrics, gate, store: store.as_mut() };
+        let (current, mut front_end) = match open(guest, means).await {
             Ok(opened) => opened,
-            Err(error) => {
-                warn!(%error, "the front end cannot be served");
-                sleep(ACCEPT_PAUSE).await;
-                return Ok(Then::Next);
-            }
+            Err(then) => return Ok(then),
         };
-        let end = tokio::select! {
-            end = front_end.serve(events) => Some(end),
-            () = termination.requested() => None,
-            never = turn_away(others, &current, metrics) => match never {},
+        let leave = Notify::new();
+        let has_successors = front_end.has_successors();
+        let end = {
+            let serving = front_end.serve(events, &leave);
+            tokio::pin!(serving);
+            let end = tokio::select! {
+                end = &mut serving => Some(end),
+                () = termination.requested() => None,
+                never = turn_away(others, &current, metrics) => match never {},
+            };
+            match end {
+                // A message that is being dealt with could not be left to anybody.
+                None if has_successors => {
+                    leave.notify_one();
+                    timeout(DRAIN_MAX, serving).await.ok()
+                }
+                end => end,
+            }
         };
         notify::status("finishing the requests in flight");
         // Whoever connects from here on waits until this session is drained.
         match end {
             // An engine that failed will not end what is in flight.
             Some(End::Engine(error)) => return Err(Failure::Engine(error)),
-            Some(end) => front_end.say_farewell(&end),
-            None => {
+            None | Some(End::Told) => {
                 info!("told to end");
                 notify::stopping();
-                give_up_after(DRAIN_MAX, front_end.drain()).await;
+                if has_successors {
+                    give_up_after(DRAIN_MAX, front_end.hand_over()).await;
+                } else {
+                    give_up_after(DRAIN_MAX, front_end.drain()).await;
+                }
                 return Ok(Then::Exit);
             }
+            Some(end) => front_end.say_farewell(&end),
         }
         let drained = front_end.drain();
         tokio::pin!(drained);
@@ -318,6 +375,50 @@ impl<D: Device> Daemon<D> {
             }
         }
     }
+}
+
+/// Whom to serve.
+enum Guest {
+    /// A front end that has just connected.
+    New(StdStream),
+    /// One that a predecessor has served.
+    Left(Box<HeldLife>),
+}
+
+/// Begins a session, or takes one up; else what is to follow. Gives its connection once more.
+async fn open<D: Device>(
+    guest: Guest,
+    means: Means<'_, D>,
+) -> Result<(StdStream, FrontEnd<'_, D>), Then> {
+    let (stream, life) = match guest {
+        Guest::New(stream) => (Ok(stream), None),
+        Guest::Left(life) => (connection_of(&life), Some(life)),
+    };
+    if let Ok(stream) = &stream {
+        let pid = peer_of(stream);
+        means.gate.log(Instant::now(), || info!(pid, "front end connected"));
+    }
+    means.metrics.daemon.sessions.add(1);
+    let opened = stream.and_then(|stream| {
+        let current = stream.try_clone()?;
+        FrontEnd::new(stream, means).map(|new| (current, new))
+    });
+    let (current, mut front_end) = match opened {
+        Ok(opened) => opened,
+        Err(error) => {
+            warn!(%error, "the front end cannot be served");
+            sleep(ACCEPT_PAUSE).await;
+            return Err(Then::Next);
+        }
+    };
+    if let Some(life) = life
+        && let Err(why) = front_end.take_up(*life).await
+    {
+        warn!("a predecessor's session is not taken up: {}", with_sources(&why));
+        front_end.drain().await;
+        return Err(Then::Next);
+    }
+    Ok((current, front_end))
 }
 
 /// The process at the other end of a socket; 0 if it cannot be seen from here.

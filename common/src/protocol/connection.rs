@@ -117,8 +117,27 @@ impl Connection {
     /// # Errors
     /// See [`ReceiveError`]; only after `Refused` may this be called again.
     pub async fn receive(&mut self) -> Result<Option<Message>, ReceiveError> {
+        self.receive_marked(|_| ()).await
+    }
+
+    /// The same. `mark` is told true before anything is taken from the socket, and false if there was nothing: from the one to
+    /// the other, and from the last true until the message has been dealt with, the connection is nobody else's to go on with.
+    ///
+    /// # Errors
+    /// As for [`receive`](Self::receive).
+    pub async fn receive_marked(
+        &mut self,
+        mark: impl Fn(bool),
+    ) -> Result<Option<Message>, ReceiveError> {
         loop {
-            let receive = || self.incoming.receive_some(&self.socket);
+            let receive = || {
+                mark(true);
+                let received = self.incoming.receive_some(&self.socket);
+                let nothing =
+                    received.as_ref().is_err_and(|e| e.kind() == io::ErrorKind::WouldBlock);
+                mark(!nothing || self.incoming.received > 0);
+                received
+            };
             let received = self.socket.async_io(Interest::READABLE, receive).await;
             let (count, flags) = match received {
                 Ok(received) => received,

@@ -138,6 +138,14 @@ pub(super) enum Left {
 }
 
 impl Record {
+    /// Forgets what is recorded: the ring begins where the front end says.
+    pub fn forget(&self) {
+        for head in 0..self.queue_size {
+            self.set_in_flight(head, false);
+        }
+        self.bytes.store_u16(VERSION, UNINITIALIZED, Ordering::Release);
+    }
+
     /// Finishes what the predecessor was about, and returns what it has left of a ring of this size whose used index is this.
     pub(super) fn recover(&mut self, size: u16, used_index: u16) -> Result<Left, RingError> {
         let (recorded, version) =

@@ -11,12 +11,14 @@ use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use rustix::fs::{AtFlags, CWD, FileType, Gid, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use tracing::warn;
 
+use super::super::store::KeptListener;
 use super::{ListenError, Listener, Origin};
 
 /// The longest path that a socket address holds: `sun_path` has 108 bytes, the last of which is the
@@ -44,6 +46,8 @@ pub struct SocketFile {
     /// Keeps the file's inode number from being used again, which is what tells this file from a
     /// later one.
     inode: OwnedFd,
+    /// It stays when this is dropped.
+    is_left: bool,
 }
 
 impl SocketFile {
@@ -53,18 +57,31 @@ impl SocketFile {
             OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC,
             Mode::empty(),
         )?;
-        Ok(Self { path: path.to_owned(), inode })
+        Ok(Self { path: path.to_owned(), inode, is_left: false })
     }
 
     /// Where the file is.
     pub fn path(&self) -> &Path {
         &self.path
     }
+
+    /// The file's device and inode number, by which a successor knows it.
+    pub(in crate::daemon) fn identity(&self) -> Result<(u64, u64), Errno> {
+        rustix::fs::fstat(&self.inode).map(|stat| (stat.st_dev, stat.st_ino))
+    }
+
+    /// Leaves the file to a successor.
+    pub(in crate::daemon) fn leave(mut self) {
+        self.is_left = true;
+    }
 }
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        let ours = rustix::fs::fstat(&self.inode).map(|stat| (stat.st_dev, stat.st_ino));
+        if self.is_left {
+            return;
+        }
+        let ours = self.identity();
         let there = rustix::fs::lstat(&self.path).map(|stat| (stat.st_dev, stat.st_ino));
         if ours != there || there.is_err() {
             return;
@@ -117,6 +134,32 @@ pub(super) fn listen_at(
     }
     rustix::fs::chmod(path, access.mode).map_err(failed(set_mode))?;
     Ok(Listener { socket: UnixListener::from(socket), file: Some(file) })
+}
+
+/// The socket that a predecessor has bound to `path`, if its file is still there.
+pub(super) fn listen_again(path: &Path, kept: &KeptListener<Arc<OwnedFd>>) -> Option<Listener> {
+    let there = rustix::fs::lstat(path).ok()?;
+    if !listens(&kept.socket) || (there.st_dev, there.st_ino) != kept.file {
+        return None;
+    }
+    let socket = UnixListener::from(kept.socket.try_clone().ok()?);
+    socket.set_nonblocking(true).ok()?;
+    Some(Listener { socket, file: Some(SocketFile::at(path).ok()?) })
+}
+
+/// Whether it is a socket that listens.
+pub(in crate::daemon) fn listens(socket: &OwnedFd) -> bool {
+    rustix::net::sockopt::socket_acceptconn(socket).is_ok_and(|listens| listens)
+}
+
+/// The device and inode number of the file that a listening socket is reached by; `None`: it is none, or is not reached.
+pub(in crate::daemon) fn bound_to(socket: &OwnedFd) -> Option<(u64, u64)> {
+    if !listens(socket) {
+        return None;
+    }
+    let address = SocketAddrUnix::try_from(rustix::net::getsockname(socket).ok()?).ok()?;
+    let there = rustix::fs::lstat(address.path()?).ok()?;
+    Some((there.st_dev, there.st_ino))
 }
 
 /// A socket bound to `path`, with a file that only its owner can use, not yet listening.

@@ -1,0 +1,89 @@
+//! Whether two descriptors lead to one file. A service manager that is given a file which it has already drops it in silence,
+//! with the name that it was to have, so none is given twice: a front end may have one file for all its memory, or one eventfd
+//! for several rings.
+//!
+//! `kcmp` would tell, but it is a debugger's tool, and a front end's memory is the same memory however it was opened. So: files
+//! are told apart by inode and by how they were opened, eventfds, which have one inode in common, by the number that the kernel
+//! has for each. What has neither is taken for a file of its own; if that is wrong, a successor misses it, and says so.
+
+#![deny(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::arithmetic_side_effects,
+    clippy::panic
+)]
+
+use std::fs::read_to_string;
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use rustix::fs::{FileType, OFlags, fcntl_getfl, fstat};
+
+/// Equal if the files are the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Identity {
+    /// Device, inode, and how it was opened.
+    Inode(u64, u64, OFlags),
+    /// The kernel's number.
+    Eventfd(u64),
+}
+
+impl Identity {
+    /// `None`: it cannot be told from others.
+    pub(super) fn of(fd: &OwnedFd) -> Option<Self> {
+        let stat = fstat(fd).ok()?;
+        match FileType::from_raw_mode(stat.st_mode) {
+            FileType::RegularFile | FileType::Socket | FileType::Fifo => {
+                let access = fcntl_getfl(fd).ok()? & (OFlags::RWMODE | OFlags::NONBLOCK);
+                Some(Self::Inode(stat.st_dev, stat.st_ino, access))
+            }
+            // Without a type: an inode that many share.
+            FileType::Unknown => eventfd_id(fd).map(Self::Eventfd),
+            _ => None,
+        }
+    }
+}
+
+/// proc(5): `/proc/PID/fdinfo` has it since Linux 5.2.
+fn eventfd_id(fd: &OwnedFd) -> Option<u64> {
+    let info = read_to_string(format!("/proc/self/fdinfo/{}", fd.as_raw_fd())).ok()?;
+    info.lines().find_map(|line| line.strip_prefix("eventfd-id:"))?.trim().parse().ok()
+}
+
+#[cfg(test)]
+#[allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::arithmetic_side_effects,
+    clippy::panic
+)]
+mod tests {
+    use std::os::fd::OwnedFd;
+    use std::os::unix::net::UnixStream;
+
+    use rustix::event::{EventfdFlags, eventfd};
+
+    use super::Identity;
+    use crate::memory::guest_file;
+
+    #[test]
+    fn file_is_known_again_by_another_descriptor_and_no_other_is_taken_for_it() {
+        let event = || eventfd(0, EventfdFlags::NONBLOCK).unwrap();
+        let socket = || OwnedFd::from(UnixStream::pair().unwrap().0);
+        let pairs =
+            [(event(), event()), (guest_file(4096), guest_file(4096)), (socket(), socket())];
+        for (one, other) in pairs {
+            let again = one.try_clone().unwrap();
+            assert!(Identity::of(&one).is_some());
+            assert_eq!(Identity::of(&one), Identity::of(&again));
+            assert_ne!(Identity::of(&one), Identity::of(&other));
+        }
+    }
+
+    #[test]
+    fn ends_of_a_pipe_are_two_files() {
+        let (reader, writer) = rustix::pipe::pipe().unwrap();
+        assert_ne!(Identity::of(&reader), Identity::of(&writer));
+    }
+}
