@@ -16,6 +16,8 @@
 //!   [`fairness`], [`notification`]: what a well-behaved front end and driver may rely on.
 //! - [`acknowledgement`], [`offers`], [`release`], [`ring_fields`], [`suspension`]: duties of the
 //!   specifications that no driver would notice soon if they were neglected.
+//! - [`inflight`], [`succession`]: what a daemon that is killed leaves to the next one, by its front end or by the service
+//!   manager.
 //! - [`network_frames`], [`network_commands`], [`network_offloads`], [`network_life`]: a network device's
 //!   frames and headers, its control queue, and what vhost-user has for networks alone.
 //! - [`hostile_messages`], [`half_messages`], [`untimely`], [`hostile_memory`],
@@ -71,6 +73,7 @@ mod rings;
 mod scattered;
 mod stability;
 mod subject;
+mod succession;
 mod suspension;
 mod untimely;
 mod wire;

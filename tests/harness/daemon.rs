@@ -134,27 +134,34 @@ impl DaemonCommand {
         self
     }
 
+    /// The command line, for a daemon that listens at `socket` and reports to `notify`.
+    pub(crate) fn command(&self, socket: &Path, notify: &Path) -> Command {
+        let has_engine = self.arguments.iter().any(|argument| argument == "--aio");
+        let mut words =
+            self.launcher.iter().map(OsString::as_os_str).chain([self.program.as_os_str()]);
+        let mut command = Command::new(words.next().unwrap_or_default());
+        command.args(words).arg("--socket-path").arg(socket);
+        command.args(if has_engine { Vec::new() } else { engine_arguments() });
+        command
+            .args(&self.arguments)
+            .envs(self.environment.iter().map(|(name, value)| (name, value)));
+        command.env("NOTIFY_SOCKET", notify);
+        command
+    }
+
     /// Starts the daemon and waits until it is ready.
     ///
     /// # Panics
     /// If it ends or stays silent instead; the message has its log.
     pub fn start(self) -> Daemon {
         let directory = temp_dir();
-        let socket = self.socket.unwrap_or_else(|| directory.path().join("socket"));
+        let socket = self.socket.clone().unwrap_or_else(|| directory.path().join("socket"));
         let notify_path = directory.path().join("notify");
         let notify = UnixDatagram::bind(&notify_path).expect("a socket fits in a fresh directory");
         let log =
             File::create(directory.path().join("log")).expect("a file fits in a fresh directory");
-        let has_engine = self.arguments.iter().any(|argument| argument == "--aio");
-        let mut words = self.launcher.into_iter().chain([self.program.clone().into_os_string()]);
-        let child = Command::new(words.next().unwrap_or_default())
-            .args(words)
-            .arg("--socket-path")
-            .arg(&socket)
-            .args(if has_engine { Vec::new() } else { engine_arguments() })
-            .args(&self.arguments)
-            .envs(self.environment)
-            .env("NOTIFY_SOCKET", &notify_path)
+        let child = self
+            .command(&socket, &notify_path)
             .stdin(self.stdin.map_or_else(Stdio::null, Stdio::from))
             .stdout(Stdio::null())
             .stderr(log)

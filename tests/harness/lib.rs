@@ -20,6 +20,7 @@ mod namespace;
 mod passt;
 mod requirement;
 mod rig;
+mod service;
 mod tap;
 mod user_mode_linux;
 
@@ -39,6 +40,7 @@ pub use namespace::{Namespace, Tap};
 pub use passt::Passt;
 pub use requirement::{cannot_run, lacks_root, temp_dir_on_storage, temp_dir_with_direct_io};
 pub use rig::{KernelRelease, Rig};
+pub use service::Service;
 pub use tempfile::TempDir;
 pub use user_mode_linux::{Device, UserModeLinux};
 
