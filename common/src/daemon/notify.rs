@@ -4,6 +4,7 @@
 //! Without `NOTIFY_SOCKET` in the environment all of this does nothing. A message that cannot be
 //! delivered is logged and forgotten: the manager's socket is no reason to deny a guest its device.
 
+use std::cell::Cell;
 use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
@@ -12,6 +13,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::time::Duration;
 
+use rustix::io::Errno;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use sd_notify::NotifyState;
 use tracing::warn;
@@ -22,6 +24,8 @@ const SEND_MAX: Duration = Duration::from_secs(5);
 /// The service manager as one who keeps descriptors. What it does not take, it drops in silence.
 pub(super) struct Manager {
     socket: UnixDatagram,
+    /// It has left its queue full for too long, and is waited for no more until it has made room.
+    is_stuck: Cell<bool>,
 }
 
 impl Manager {
@@ -37,7 +41,7 @@ impl Manager {
         let socket = UnixDatagram::unbound()?;
         socket.connect_addr(&address)?;
         socket.set_write_timeout(Some(SEND_MAX))?;
-        Ok(Some(Self { socket }))
+        Ok(Some(Self { socket, is_stuck: Cell::new(false) }))
     }
 
     /// Has it keep a descriptor under this name, whatever the other end of it does.
@@ -63,10 +67,14 @@ impl Manager {
             return Err(io::Error::other("there is no room for the descriptor"));
         }
         let message = [IoSlice::new(message.as_bytes())];
+        let wait = if self.is_stuck.get() { SendFlags::DONTWAIT } else { SendFlags::empty() };
         // A full queue is waited for, and io_uring interrupts who waits.
-        rustix::io::retry_on_intr(|| {
-            rustix::net::sendmsg(&self.socket, &message, &mut ancillary, SendFlags::NOSIGNAL)
-        })?;
+        let sent = rustix::io::retry_on_intr(|| {
+            let flags = SendFlags::NOSIGNAL | wait;
+            rustix::net::sendmsg(&self.socket, &message, &mut ancillary, flags)
+        });
+        self.is_stuck.set(sent == Err(Errno::AGAIN));
+        sent?;
         Ok(())
     }
 }
