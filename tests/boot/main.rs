@@ -10,6 +10,7 @@ mod network;
 mod package;
 mod qemu;
 mod statistics;
+mod succession;
 mod sudden_death;
 mod systemd;
 mod terminal;

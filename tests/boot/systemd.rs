@@ -18,8 +18,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Output};
 use std::time::Duration;
 
+use frontend::block::{BlockDriver, Request, VIRTIO_BLK_S_OK};
 use frontend::front_end::FrontEnd;
-use frontend::wire::Wire;
+use frontend::guest::Options;
+use frontend::message::VHOST_USER_SET_VRING_CALL;
+use frontend::wire::{PATIENCE, Wire};
 use rustix::fs::{CWD, FileType, Mode, makedev, mknodat};
 use rustix::process::{Gid, Uid};
 use tests::{
@@ -175,6 +178,7 @@ fn inside(shared: &Path) {
     let guests = UserModeLinux::new(Rig::find().expect("the rig is bound into the namespace"));
     serves_a_file(&guests);
     comes_back_after_a_crash();
+    leaves_its_front_end_to_the_next();
     serves_a_loop_device(&guests, shared);
     says_what_is_wrong_with_its_configuration();
 }
@@ -271,6 +275,58 @@ fn comes_back_after_a_crash() {
     for gone in ["/run/outboard/blk/file.sock", "/run/outboard/blk/file"] {
         assert!(!Path::new(gone).exists(), "{gone} is left behind");
     }
+}
+
+/// A front end that says nothing goes on with the daemon that follows a crash, and with the one that follows an upgrade.
+fn leaves_its_front_end_to_the_next() {
+    let (unit, service) = ("vhost-blk@left", "vhost-blk@left.service");
+    let directory = Path::new("/var/lib/outboard/blk/left");
+    fs::create_dir_all(directory).expect("root may");
+    let image = DiskImage::sparse(&directory.join("disk"), DISK_BYTES);
+    let description = format!("DISK=file:{}\nOPTIONS=--num-queues 2\n", image.path().display());
+    configure("blk", "left", &description);
+    systemctl(&["start", &format!("{unit}.socket")]);
+    let options = Options { queue_count: 2, ..Options::default() };
+    let mut driver = BlockDriver::start(Path::new("/run/outboard/blk/left.sock"), &options)
+        .expect("the daemon answers");
+    // The manager drops a file that it has already, whatever its name.
+    let guest = &driver.guest;
+    let call = guest.queues[0].call_notifier().expect("it has one").back_end_fd();
+    guest
+        .front_end
+        .set_vring_fd(VHOST_USER_SET_VRING_CALL, 1, Some(call))
+        .expect("rings may share one");
+    guest.front_end.barrier().expect("the daemon answers");
+    let ends: [&[&str]; 4] = [
+        &["kill", "--signal=KILL", service],
+        &["restart", service],
+        &["kill", "--signal=KILL", service],
+        &["stop", &format!("{unit}.socket")],
+    ];
+    let (stop, ends) = ends.split_last().expect("there are some");
+    let started = show(service, "MainPID");
+    for (round, end) in (0_u64..).zip(ends) {
+        for queue in 0..2 {
+            for at in 0..16 {
+                let sector = 64 * (16 * u64::from(queue) + at);
+                driver.submit(queue, &Request::write(sector, &[round as u8; 32 << 10]));
+            }
+            driver.kick(queue).expect("the device can be kicked");
+        }
+        systemctl(end);
+        for queue in 0..2 {
+            while driver.guest.queues[usize::from(queue)].outstanding_count() > 0 {
+                let (_, outcome) = driver.complete_by_looking(queue).expect("it ends");
+                assert_eq!(outcome.status, VIRTIO_BLK_S_OK, "{end:?}");
+            }
+        }
+        driver.guest.front_end.get_features().expect("the connection is the same");
+    }
+    assert_ne!(show(service, "MainPID"), started);
+    systemctl(stop);
+    let wire = driver.guest.front_end.wire();
+    wire.wait_for_hang_up(PATIENCE).expect("nobody keeps what is stopped");
+    assert_eq!(show(service, "Result"), "success");
 }
 
 fn serves_a_loop_device(guests: &UserModeLinux, shared: &Path) {

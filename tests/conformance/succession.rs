@@ -50,13 +50,12 @@ fn driver(service: &Service) -> BlockDriver {
     BlockDriver::start(service.socket(), &options()).expect("a session begins")
 }
 
-/// What is kept under this name.
-fn kept(service: &mut Service, name: &str) -> File {
-    let (_, fd) = service.kept().iter().find(|(kept, _)| kept == name).expect("it is kept");
-    File::from(fd.try_clone().expect("descriptors"))
+/// What the daemon writes for its successor.
+fn image_of(service: &Service) -> File {
+    service.kept_file(|name, _| name == IMAGE)
 }
 
-fn names(service: &mut Service) -> Vec<String> {
+fn names(service: &Service) -> Vec<String> {
     service.kept().iter().map(|(name, _)| name.clone()).collect()
 }
 
@@ -192,18 +191,17 @@ fn nothing_is_kept_of_a_session_that_has_ended() {
     if is_another_program() {
         return;
     }
-    let (mut service, _directory) = service(ROOM, &[]);
-    service.listen(Instant::now() + Duration::from_millis(1));
-    let before = names(&mut service);
+    let (service, _directory) = service(ROOM, &[]);
+    let before = names(&service);
     assert_eq!(before.len(), 2, "the image and the listener: {before:?}");
     for _ in 0..3 {
         let driver = driver(&service);
-        assert!(names(&mut service).len() > 8);
+        assert!(names(&service).len() > 8);
         drop(driver);
         let deadline = Instant::now() + PATIENCE;
-        while names(&mut service) != before {
-            assert!(Instant::now() < deadline, "{:?} is kept", names(&mut service));
-            service.listen(Instant::now() + Duration::from_millis(10));
+        while names(&service) != before {
+            assert!(Instant::now() < deadline, "{:?} is kept", names(&service));
+            std::thread::yield_now();
         }
     }
 }
@@ -218,7 +216,7 @@ fn daemon_that_dies_in_the_middle_of_a_message_ends_the_connection() {
     let flags = VHOST_USER_VERSION | VHOST_USER_NEED_REPLY_MASK;
     let message = header(VHOST_USER_GET_FEATURES, flags, 0);
     driver.guest.front_end.wire().send_bytes(&message[..5], &[]).expect("bytes go out");
-    let image = kept(&mut service, IMAGE);
+    let image = image_of(&service);
     let deadline = Instant::now() + PATIENCE;
     while !is_busy(&image) {
         assert!(Instant::now() < deadline, "the daemon does not say that it has begun");
@@ -230,7 +228,7 @@ fn daemon_that_dies_in_the_middle_of_a_message_ends_the_connection() {
 
 /// Kills the daemon when it has dealt with all that it was sent. Who has read an answer may be a moment ahead of it.
 fn kill_between_messages(service: &mut Service) {
-    let image = kept(service, IMAGE);
+    let image = image_of(service);
     let deadline = Instant::now() + PATIENCE;
     while is_busy(&image) {
         assert!(Instant::now() < deadline, "the daemon does not say that it is through");
@@ -275,7 +273,7 @@ fn image_that_cannot_be_believed_ends_the_connection_and_nothing_else() {
     for (why, spoil) in spoilt {
         let (mut service, _directory) = service(ROOM, &[]);
         let driver = driver(&service);
-        let image = kept(&mut service, IMAGE);
+        let image = image_of(&service);
         kill_between_messages(&mut service);
         spoil(&image);
         service.start_next();
@@ -296,9 +294,9 @@ fn descriptors_that_are_missing_or_mixed_up_end_the_connection_and_nothing_else(
         return;
     }
     let count = {
-        let (mut service, _directory) = service(ROOM, &[]);
+        let (service, _directory) = service(ROOM, &[]);
         let _driver = driver(&service);
-        names(&mut service).len()
+        names(&service).len()
     };
     for at in 0..count {
         let (mut service, _directory) = service(ROOM, &[]);

@@ -40,7 +40,7 @@ pub use namespace::{Namespace, Tap};
 pub use passt::Passt;
 pub use requirement::{cannot_run, lacks_root, temp_dir_on_storage, temp_dir_with_direct_io};
 pub use rig::{KernelRelease, Rig};
-pub use service::Service;
+pub use service::{Kept, Service};
 pub use tempfile::TempDir;
 pub use user_mode_linux::{Device, UserModeLinux};
 

@@ -11,13 +11,16 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg, sendmsg, socketpair,
 };
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
 use tempfile::TempDir;
 
 use crate::daemon::build_directory;
@@ -26,16 +29,27 @@ use crate::{DaemonCommand, temp_dir};
 
 /// Time in which a healthy daemon has long become ready, or ended.
 const LIMIT: Duration = Duration::from_secs(30);
+/// Pause before a daemon that is to become ready is looked after.
+const PAUSE: Duration = Duration::from_millis(50);
+/// What daemons say, and what the test says to its own stand-in: that it has heard all before, and that it may end.
+const READY: &str = "READY=1";
+const SYNC: &str = "X_SYNC=1";
+const END: &str = "X_END=1";
 /// The longest message that a daemon sends.
 const MESSAGE_BYTES: usize = 4096;
+
+/// What is kept, by its names.
+pub type Kept = Vec<(String, OwnedFd)>;
 
 /// See the module's head. Dropping it kills the daemon.
 #[derive(Debug)]
 pub struct Service {
     command: DaemonCommand,
     socket: PathBuf,
-    notify: UnixDatagram,
-    kept: Vec<(String, OwnedFd)>,
+    kept: Arc<Mutex<Kept>>,
+    /// What has been said that somebody may wait for.
+    said: Receiver<&'static str>,
+    listener: Option<JoinHandle<()>>,
     /// More are dropped.
     limit: usize,
     child: Option<Child>,
@@ -48,10 +62,17 @@ impl Service {
         let directory = temp_dir();
         let notify = UnixDatagram::bind(directory.path().join("notify"));
         let notify = notify.expect("a socket fits in a fresh directory");
-        notify.set_nonblocking(true).expect("a socket can be made non-blocking");
         let socket = directory.path().join("socket");
+        let kept = Arc::<Mutex<Kept>>::default();
+        let (tell, said) = channel();
+        // A manager reads at all times: its queue is short.
+        let listener = thread::spawn({
+            let kept = Arc::clone(&kept);
+            move || listen(&notify, &kept, limit, &tell)
+        });
+        let listener = Some(listener);
         let mut service =
-            Self { command, socket, notify, kept: Vec::new(), limit, child: None, directory };
+            Self { command, socket, kept, said, listener, limit, child: None, directory };
         service.start_next();
         service
     }
@@ -75,10 +96,43 @@ impl Service {
         self.child.as_ref().expect("a daemon runs").id()
     }
 
-    /// What is kept, by its names.
-    pub fn kept(&mut self) -> &mut Vec<(String, OwnedFd)> {
-        self.listen(Instant::now());
-        &mut self.kept
+    /// What is kept, after all that the daemon has said by now.
+    ///
+    /// # Panics
+    /// If the stand-in itself has failed.
+    pub fn kept(&self) -> MutexGuard<'_, Kept> {
+        self.tell(SYNC);
+        while self.said.recv_timeout(LIMIT).expect("the stand-in listens") != SYNC {}
+        self.kept.lock().expect("the stand-in has not failed")
+    }
+
+    /// Something that is kept, by its name.
+    ///
+    /// # Panics
+    /// If nothing is kept under that name.
+    pub fn kept_file(&self, is_it: impl Fn(&str, &OwnedFd) -> bool) -> File {
+        let kept = self.kept();
+        let (_, fd) = kept.iter().find(|(name, fd)| is_it(name, fd)).expect("it is kept");
+        File::from(fd.try_clone().expect("descriptors"))
+    }
+
+    /// Says something to the stand-in itself.
+    fn tell(&self, word: &str) {
+        let path = self.directory.path().join("notify");
+        let socket = UnixDatagram::unbound().expect("sockets");
+        socket.send_to(word.as_bytes(), path).expect("the stand-in listens");
+    }
+
+    /// Has the daemon stand still, all threads of it.
+    ///
+    /// # Panics
+    /// If none runs, or it ends.
+    pub fn stop(&self) {
+        self.signal(Signal::STOP);
+        let child = self.child.as_ref().expect("a daemon runs");
+        let waited = waitpid(Some(Pid::from_child(child)), WaitOptions::UNTRACED);
+        let status = waited.expect("our own child").map(|(_, status)| status);
+        assert!(status.is_some_and(|status| status.stopped()), "it ended: {}", self.log());
     }
 
     /// Kills the daemon as the kernel would.
@@ -99,24 +153,19 @@ impl Service {
         self.wait()
     }
 
-    fn signal(&self, signal: Signal) {
+    /// Sends the daemon a signal.
+    ///
+    /// # Panics
+    /// If none runs.
+    pub fn signal(&self, signal: Signal) {
         let child = self.child.as_ref().expect("a daemon runs");
         kill_process(Pid::from_child(child), signal).expect("our own child can be signalled");
     }
 
     fn wait(&mut self) -> ExitStatus {
         let mut child = self.child.take().expect("a daemon runs");
-        let ended = process_descriptor(&child);
-        let deadline = Instant::now() + LIMIT;
-        loop {
-            match first_readable(&[self.notify.as_fd(), ended.as_fd()], deadline) {
-                Some(0) => drop(self.hear()),
-                Some(_) => break,
-                None => panic!("the daemon does not end; its log:\n{}", self.log()),
-            }
-        }
-        self.listen(Instant::now());
-        wait_for_exit(&mut child, LIMIT).expect("our own child").expect("it has ended")
+        let ended = wait_for_exit(&mut child, LIMIT).expect("our own child");
+        ended.unwrap_or_else(|| panic!("the daemon does not end; its log:\n{}", self.log()))
     }
 
     /// Starts the next daemon with all that is kept, and waits until it is ready.
@@ -144,59 +193,60 @@ impl Service {
             .spawn()
             .expect("with-descriptors has been built with this test");
         // It takes them while they are sent: their number may be more than a socket holds.
-        for (name, fd) in &self.kept {
+        for (name, fd) in self.kept().iter() {
             give(&near, name, fd);
         }
         drop((command, near));
         let ended = process_descriptor(&child);
         self.child = Some(child);
         let deadline = Instant::now() + LIMIT;
-        loop {
-            match first_readable(&[self.notify.as_fd(), ended.as_fd()], deadline) {
-                Some(0) => {
-                    if self.hear().is_some_and(|message| message.contains("READY=1")) {
-                        return;
-                    }
-                }
-                Some(_) => panic!("the daemon ended before it was ready; the log:\n{}", self.log()),
-                None => panic!("the daemon did not become ready; the log:\n{}", self.log()),
+        while self.said.recv_timeout(PAUSE) != Ok(READY) {
+            if first_readable(&[ended.as_fd()], Instant::now()).is_some() {
+                panic!("the daemon ended before it was ready; the log:\n{}", self.log());
             }
+            assert!(Instant::now() < deadline, "the daemon is not ready; the log:\n{}", self.log());
         }
     }
+}
 
-    /// Reads what the daemons have said until the deadline, or, if it has passed, what is there.
-    pub fn listen(&mut self, deadline: Instant) {
-        while first_readable(&[self.notify.as_fd()], deadline).is_some() {
-            self.hear();
-        }
-    }
-
-    /// One message, after which something may be kept that was not, or the other way round.
-    fn hear(&mut self) -> Option<String> {
-        let mut bytes = [0; MESSAGE_BYTES];
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-        let mut control = RecvAncillaryBuffer::new(&mut space);
-        let mut into = [IoSliceMut::new(&mut bytes)];
-        let received =
-            recvmsg(&self.notify, &mut into, &mut control, RecvFlags::CMSG_CLOEXEC).ok()?;
-        let fds = control.drain().filter_map(|message| match message {
-            RecvAncillaryMessage::ScmRights(fds) => Some(fds),
-            _ => None,
-        });
-        let fds: Vec<OwnedFd> = fds.flatten().collect();
-        let message = String::from_utf8_lossy(&bytes[..received.bytes]).into_owned();
+/// Takes what the daemons say, one after the other.
+fn listen(notify: &UnixDatagram, kept: &Mutex<Kept>, limit: usize, tell: &Sender<&'static str>) {
+    while let Some((message, fds)) = hear(notify) {
         let says = |word: &str| message.lines().any(|line| line == word);
         let name = message.lines().find_map(|line| line.strip_prefix("FDNAME=")).unwrap_or("");
+        let mut kept = kept.lock().expect("nobody has failed");
         if says("FDSTORE=1") {
             assert!(says("FDPOLL=0"), "a descriptor whose end hangs up would be lost: {message}");
-            let room = self.limit.saturating_sub(self.kept.len());
-            self.kept.extend(fds.into_iter().take(room).map(|fd| (name.to_owned(), fd)));
+            let room = limit.saturating_sub(kept.len());
+            kept.extend(fds.into_iter().take(room).map(|fd| (name.to_owned(), fd)));
         }
         if says("FDSTOREREMOVE=1") {
-            self.kept.retain(|(kept, _)| kept != name);
+            kept.retain(|(kept, _)| kept != name);
         }
-        Some(message)
+        drop(kept);
+        if says(END) {
+            return;
+        }
+        for word in [READY, SYNC].into_iter().filter(|word| says(word)) {
+            // Who has stopped waiting has failed.
+            let _ = tell.send(word);
+        }
     }
+}
+
+/// One message, and what came with it.
+fn hear(notify: &UnixDatagram) -> Option<(String, Vec<OwnedFd>)> {
+    let mut bytes = [0; MESSAGE_BYTES];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let mut into = [IoSliceMut::new(&mut bytes)];
+    let received = recvmsg(notify, &mut into, &mut control, RecvFlags::CMSG_CLOEXEC).ok()?;
+    let fds = control.drain().filter_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(fds) => Some(fds),
+        _ => None,
+    });
+    let fds = fds.flatten().collect();
+    Some((String::from_utf8_lossy(&bytes[..received.bytes]).into_owned(), fds))
 }
 
 fn give(socket: &OwnedFd, name: &str, fd: &OwnedFd) {
@@ -214,6 +264,11 @@ impl Drop for Service {
             // Both fail only for a process that has been waited for already.
             let _ = child.kill();
             let _ = child.wait();
+        }
+        self.tell(END);
+        if let Some(listener) = self.listener.take() {
+            // What it has failed of is on stderr.
+            let _ = listener.join();
         }
         if std::thread::panicking() {
             eprintln!("log of the daemons at {}:\n{}", self.socket.display(), self.log());

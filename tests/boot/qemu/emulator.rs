@@ -120,6 +120,8 @@ pub(crate) enum OnRestart {
 pub(crate) enum Device<'a> {
     /// A disk of [`QUEUE_COUNT`] queues: `/dev/vda`, the next one `/dev/vdb`.
     Block(&'a Path),
+    /// A disk of so many queues of a machine of [`Version::New`]. It ends the machine when its back end hangs up.
+    BlockAsItIs(&'a Path, u16),
     /// A network interface: `eth0`, the next one `eth1`.
     Network(Network<'a>),
     /// A console device of a machine of [`Version::New`], with so many queues; its first console is `hvc0`.
@@ -152,6 +154,11 @@ impl Device<'_> {
                 format!("vhost-user-blk-pci,chardev={name},num-queues={QUEUE_COUNT}"),
             ]
             .into(),
+            // All of `struct virtio_blk_config` (VIRTIO 1.3, 5.2.4) but what comes with features that nobody offers.
+            Self::BlockAsItIs(socket, queue_count) => {
+                let properties = format!("virtio-id=2,num_vqs={queue_count},config_size=60");
+                of_any_kind(name, socket, &properties)
+            }
             Self::Network(network) => network.arguments(name, version),
             // Columns, rows, the number of ports and the emergency register (VIRTIO 1.3, 5.3.4).
             Self::Console(socket, queue_count) => {

@@ -21,6 +21,7 @@
 //! | `ping_bytes=N,…` | how much data pings to the peer are to have |
 //! | `echo_bytes=N` | how much the peer is to send back |
 //! | `load_seconds=N` | how long iperf3 is to run in each direction |
+//! | `passes=N` | how often the load is to write and read all, 4 times unless given |
 //! | `streams=N` | how many connections it is to use, 1 unless given |
 
 use std::fs;
@@ -52,6 +53,7 @@ pub(crate) struct Parameters {
     pub(crate) echo_bytes: Option<u64>,
     pub(crate) load_seconds: Option<u64>,
     pub(crate) streams: Option<u32>,
+    pub(crate) passes: Option<u32>,
 }
 
 impl Parameters {
@@ -82,6 +84,7 @@ impl Parameters {
             echo_bytes: None,
             load_seconds: None,
             streams: None,
+            passes: None,
         };
         for (name, value) in command_line.split_whitespace().filter_map(|word| word.split_once('='))
         {
@@ -109,6 +112,7 @@ impl Parameters {
                 "echo_bytes" => parameters.echo_bytes = Some(value.parse()?),
                 "load_seconds" => parameters.load_seconds = Some(value.parse()?),
                 "streams" => parameters.streams = Some(value.parse()?),
+                "passes" => parameters.passes = Some(value.parse()?),
                 // The rest is the kernel's.
                 _ => {}
             }

@@ -10,7 +10,7 @@ use std::thread;
 use super::{Failure, run_program, size_bytes};
 use crate::parameters::Parameters;
 
-/// Times that each job writes its part and reads it back: some seconds under an emulator, long enough to be interrupted.
+/// Times that each job writes its part and reads it back, unless it is told another number: some seconds under an emulator, long enough to be interrupted.
 const PASS_COUNT: u32 = 4;
 /// Requests that each job keeps in flight.
 const DEPTH: u32 = 32;
@@ -19,12 +19,13 @@ const DEPTH: u32 = 32;
 pub(super) const FIO: &str = "/usr/bin/fio";
 
 pub(super) fn run(parameters: &Parameters) -> Result<String, Failure> {
-    let jobs = write_and_verify(parameters, PASS_COUNT)?;
-    Ok(format!("jobs={jobs} depth={DEPTH} passes={PASS_COUNT}"))
+    let passes = parameters.passes.unwrap_or(PASS_COUNT);
+    let jobs = write_and_verify(parameters, passes)?;
+    Ok(format!("jobs={jobs} depth={DEPTH} passes={passes}"))
 }
 
 /// So many passes over the disk; the answer is how many jobs made them.
-pub(super) fn write_and_verify(parameters: &Parameters, pass_count: u32) -> Result<usize, Failure> {
+pub(super) fn write_and_verify(parameters: &Parameters, passes: u32) -> Result<usize, Failure> {
     let jobs = thread::available_parallelism()?.get();
     let part_bytes = size_bytes(parameters)? / jobs as u64;
     run_program(
@@ -37,7 +38,7 @@ pub(super) fn write_and_verify(parameters: &Parameters, pass_count: u32) -> Resu
             .args([format!("--cpus_allowed=0-{}", jobs - 1), "--cpus_allowed_policy=split".into()])
             .arg(format!("--numjobs={jobs}"))
             .arg(format!("--iodepth={DEPTH}"))
-            .arg(format!("--loops={pass_count}"))
+            .arg(format!("--loops={passes}"))
             .arg(format!("--size={part_bytes}"))
             .arg(format!("--offset_increment={part_bytes}"))
             .arg(format!("--filename={}", parameters.disk.display())),
