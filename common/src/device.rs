@@ -60,6 +60,7 @@ use crate::engine::{ChannelIndex, Completion, Engine, Op, Readiness, Token};
 use crate::memory::HostBuffer;
 use crate::metrics::QueueMetrics;
 use crate::rate_limit::{Cost, Direction, Place, RateLimits, Topic};
+use crate::sandbox::{Call, Needs};
 use crate::virtqueue::{Buffers, Chain, RingError, Virtqueue};
 
 /// Chains that a ring may pop in one turn of its worker's loop, so that no ring starves another.
@@ -148,6 +149,15 @@ pub trait Device: Send + Sync + 'static {
     /// What vhost-user has for network devices alone, for a device that is one.
     fn network(&self) -> Option<&dyn Network> {
         None
+    }
+    /// What is done for the device on the main thread once it is open, and on threads that this starts: by its errands, by
+    /// [`reopen`](Self::reopen) and the like. `is_commanded`: there is a control socket.
+    fn needs(&self, _is_commanded: bool) -> Needs {
+        Needs::default()
+    }
+    /// The system calls of its queues, on worker threads.
+    fn queue_calls(&self) -> &'static [Call] {
+        &[]
     }
     /// What the device does on the main thread while it is served, without end: watching what it is
     /// made of, say.

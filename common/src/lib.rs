@@ -14,10 +14,11 @@
 //! | [`memory`] | guest addresses | host bytes |
 //! | [`metrics`] | events | counters that anyone may read at any time |
 //! | [`rate_limit`] | requests | the times at which they may go |
+//! | [`sandbox`] | what a thread needs | a thread that can do no more |
 //! | `simulation` | a seed | a worker without thread, kernel and clock, for tests only |
 //!
 //! One arrow is allowed: `daemon → session → worker → {device, virtqueue, engine} → memory`, with
-//! `protocol` below `session`, `metrics` and `rate_limit` below all. `tests/tidy.rs` fails on one that points
+//! `protocol` below `session`, `metrics`, `rate_limit` and `sandbox` below all. `tests/tidy.rs` fails on one that points
 //! the other way.
 
 pub mod daemon;
@@ -27,6 +28,7 @@ pub mod memory;
 pub mod metrics;
 pub mod protocol;
 pub mod rate_limit;
+pub mod sandbox;
 pub mod session;
 #[cfg(any(test, feature = "simulation"))]
 pub mod simulation;

@@ -32,6 +32,7 @@ use crate::engine::{Channels, Completion, Engine, EngineError, EngineKind, Event
 use crate::memory::MemoryMap;
 use crate::metrics::{Metrics, QueueMetrics};
 use crate::rate_limit::{Change, RateLimits};
+use crate::sandbox::{self, Call, Needs};
 use crate::virtqueue::{RingError, Virtqueue};
 
 /// The longest sleep between two looks at a ring that has no kick.
@@ -292,8 +293,18 @@ fn spawn<D: Device>(
             let numbers =
                 |of: Vec<BorrowedFd<'_>>| of.iter().map(AsRawFd::as_raw_fd).collect::<Vec<_>>();
             let channels = Channels::new(numbers(device.channels()));
+            let needs = needs(engine, device.queue_calls());
+            // What this host lacks is for the main thread to tell, which enters as well.
+            let enter = || drop(sandbox::enter(&needs));
             // The engine belongs to the thread that made it.
-            match engine.open(numbers(device.files()), channels) {
+            let open = || engine.open(numbers(device.files()), channels);
+            let opened = if engine.opens_in_sandbox() {
+                enter();
+                open()
+            } else {
+                open().inspect(|_| enter())
+            };
+            match opened {
                 Ok(engine) => {
                     let _ = ready.send(Ok(()));
                     Worker::<D>::new(engine, device.queue_count(), mailbox, events, began).run();
@@ -310,6 +321,12 @@ fn spawn<D: Device>(
         Ok(Err(error)) => Err(error),
         Err(gone) => Err(EngineError::Worker(std::io::Error::other(gone))),
     }
+}
+
+/// What a worker does to the system: no file has a name for it.
+fn needs(engine: EngineKind, calls_of_device: &[Call]) -> Needs {
+    let calls = [engine.calls(), calls_of_device.to_vec()].concat();
+    Needs { calls, ..Needs::default() }
 }
 
 struct Worker<D: Device> {

@@ -5,7 +5,7 @@
 //!
 //! - [`life`], [`activation`], [`access`], [`image`], [`control`]: the process, its sockets, its
 //!   image and its counters; these are about our own command line.
-//! - [`engine`]: which engine is chosen, on hosts that forbid io_uring, too.
+//! - [`engine`]: which engine is chosen, on hosts that forbid io_uring, too; [`sandbox`]: how its threads are held.
 //! - [`limits`], [`resize`]: requests that are held to a rate, and a disk that grows while it is used.
 //! - [`host_limits`]: a host that takes less than it is given, or cannot do what others can.
 //! - [`stability`]: whether data is on storage when the driver may count on it; [`cache`]: what the
@@ -70,6 +70,7 @@ mod resize;
 mod ring_attack;
 mod ring_fields;
 mod rings;
+mod sandbox;
 mod scattered;
 mod stability;
 mod subject;

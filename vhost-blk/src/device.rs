@@ -17,7 +17,10 @@ use common::device::{
 };
 use common::engine::{Completion, Op, Zeroing};
 use common::rate_limit::{Direction, Topic};
+use common::sandbox::calls::START_THREADS;
+use common::sandbox::{Call, Needs};
 use common::virtqueue::Chain;
+use nix::libc;
 use rustix::io::Errno;
 use serde_json::{Value, json};
 
@@ -109,6 +112,12 @@ impl Device for BlockDevice {
 
     fn files(&self) -> Vec<BorrowedFd<'_>> {
         self.disk.files()
+    }
+
+    fn needs(&self, _is_commanded: bool) -> Needs {
+        // The thread that settles.
+        let syncs = Call::any(libc::SYS_fdatasync);
+        Needs { calls: [START_THREADS, &[syncs]].concat(), ..Needs::default() }
     }
 
     fn open_queue(&self, index: u16, features: u64, queue_size: u16) -> BlockQueue {

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use common::device::{Device, DeviceQueue, QueueIo, Runtime};
 use common::engine::{ChannelIndex, Completion};
+use common::sandbox::Needs;
 use serde_json::Value;
 use tokio::sync::Notify;
 
@@ -277,6 +278,10 @@ impl Device for ConsoleDevice {
 
     fn command(&self, command: &Value) -> Option<Result<Value, String>> {
         answer(&self.hub, command)
+    }
+
+    fn needs(&self, is_commanded: bool) -> Needs {
+        self.hub.needs(is_commanded)
     }
 
     fn files(&self) -> Vec<BorrowedFd<'_>> {

@@ -8,6 +8,7 @@ use std::convert::Infallible;
 use std::os::fd::AsFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use common::sandbox::Needs;
 use serde_json::{Value, json};
 use thiserror::Error;
 use tokio::io::Interest;
@@ -17,7 +18,7 @@ use tracing::{error, info};
 
 use crate::config::Size;
 use crate::device::{Plugged, Shared};
-use crate::endpoint::{At, Endpoint, OpenError};
+use crate::endpoint::{At, Endpoint, OpenError, needs};
 use crate::port_spec::{EndpointSpec, PortSpec};
 use crate::watch::watch;
 
@@ -98,6 +99,14 @@ impl Hub {
         }
         self.plugged.notify_one();
         Ok(id)
+    }
+
+    /// What endpoints do once they are open, and what ports take that are plugged in later.
+    pub(crate) fn needs(&self, is_commanded: bool) -> Needs {
+        let places = self.places();
+        let specs: Vec<&EndpointSpec> =
+            places.iter().flatten().flat_map(|plug| &plug.specs).collect();
+        needs(&specs, is_commanded)
     }
 
     /// Takes a port out, with its endpoints; which one.

@@ -13,6 +13,7 @@ use std::time::Duration;
 use common::device::{Device, DeviceQueue, Network, NotAnnounced, QueueIo, Runtime};
 use common::engine::{ChannelIndex, Completion};
 use common::rate_limit::Topic;
+use common::sandbox::{Call, Needs};
 use rustix::io::Errno;
 use tokio::sync::Notify;
 use tracing::warn;
@@ -367,6 +368,14 @@ impl Device for NetDevice {
 
     fn channels(&self) -> Vec<BorrowedFd<'_>> {
         self.shared.backend.files()
+    }
+
+    fn needs(&self, _is_commanded: bool) -> Needs {
+        self.shared.backend.needs()
+    }
+
+    fn queue_calls(&self) -> &'static [Call] {
+        self.shared.backend.queue_calls()
     }
 
     fn open_queue(&self, index: u16, features: u64, queue_size: u16) -> NetQueue {

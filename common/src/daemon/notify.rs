@@ -5,12 +5,14 @@
 //! delivered is logged and forgotten: the manager's socket is no reason to deny a guest its device.
 
 use std::cell::Cell;
+use std::ffi::OsStr;
 use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use rustix::io::Errno;
@@ -31,15 +33,7 @@ pub(super) struct Manager {
 impl Manager {
     /// `None`: there is none.
     pub(super) fn connect() -> io::Result<Option<Self>> {
-        let Some(path) = std::env::var_os("NOTIFY_SOCKET").filter(|path| !path.is_empty()) else {
-            return Ok(None);
-        };
-        let address = match path.as_bytes() {
-            [b'@', name @ ..] => SocketAddr::from_abstract_name(name)?,
-            path => SocketAddr::from_pathname(std::ffi::OsStr::from_bytes(path))?,
-        };
-        let socket = UnixDatagram::unbound()?;
-        socket.connect_addr(&address)?;
+        let Some(socket) = dial()? else { return Ok(None) };
         socket.set_write_timeout(Some(SEND_MAX))?;
         Ok(Some(Self { socket, is_stuck: Cell::new(false) }))
     }
@@ -117,8 +111,36 @@ fn one_line(status: &str) -> String {
     status.replace(char::is_control, " ")
 }
 
+/// Where the manager listens; the sandbox lets nobody go there later.
+static MANAGER: OnceLock<UnixDatagram> = OnceLock::new();
+
+/// Connects with the service manager, if there is one.
+pub fn connect() {
+    match dial() {
+        Ok(None) => {}
+        Ok(Some(socket)) => drop(MANAGER.set(socket)),
+        Err(error) => warn!(%error, "the service manager cannot be notified"),
+    }
+}
+
+/// A socket that is connected to where the manager listens. `None`: there is none.
+fn dial() -> io::Result<Option<UnixDatagram>> {
+    let Some(path) = std::env::var_os("NOTIFY_SOCKET").filter(|path| !path.is_empty()) else {
+        return Ok(None);
+    };
+    let address = match path.as_bytes() {
+        [b'@', name @ ..] => SocketAddr::from_abstract_name(name)?,
+        path => SocketAddr::from_pathname(OsStr::from_bytes(path))?,
+    };
+    let socket = UnixDatagram::unbound()?;
+    socket.connect_addr(&address)?;
+    Ok(Some(socket))
+}
+
 fn send(states: &[NotifyState<'_>]) {
-    if let Err(error) = sd_notify::notify(states) {
+    let Some(manager) = MANAGER.get() else { return };
+    let message: String = states.iter().map(|state| format!("{state}\n")).collect();
+    if let Err(error) = manager.send(message.as_bytes()) {
         warn!(%error, "the service manager cannot be notified");
     }
 }
@@ -135,6 +157,7 @@ mod tests {
     #[test]
     fn states_reach_the_service_manager_and_their_text_stays_one_line() {
         if std::env::var_os(CHILD).is_some() {
+            super::connect();
             super::ready("listening on /run/odd\nMAINPID=1");
             super::status("serving");
             super::alive();

@@ -19,6 +19,7 @@ use tokio::time::{sleep, timeout};
 use tracing::{error, info, warn};
 
 use super::aio;
+use super::confinement;
 use super::control;
 use super::front_end::{End, FrontEnd, Means, connection_of};
 use super::listener::{self, Endpoint, Listener, Sockets};
@@ -31,6 +32,7 @@ use crate::device::{Device, Runtime};
 use crate::memory::sigbus;
 use crate::metrics::{Identity, Metrics, Vocabulary};
 use crate::rate_limit::Change;
+use crate::sandbox;
 use crate::worker::{Nudge, WorkerEvent, Workers};
 
 /// How long requests in flight may take to end after a termination signal. The service manager and
@@ -79,6 +81,8 @@ fn start<D: Device, E: Error + 'static>(
     limits: &Change,
     open: impl FnOnce() -> Result<D, E>,
 ) -> Result<(), Box<dyn Error>> {
+    sandbox::choose(options.sandbox);
+    notify::connect();
     sigbus::install();
     raise_descriptor_limit();
     let mut claimed = listener::claim(options)?;
@@ -105,6 +109,7 @@ fn start<D: Device, E: Error + 'static>(
         (Endpoint::Connected(_), _) => store = None,
         (Endpoint::Listening(_), None) => {}
     }
+    confinement::enter(&*device, &sockets);
     let gate = RateLimit::new(LOG_LINES, LOG_INTERVAL);
     let refresher = Rc::new(Refresher::new(device));
     let daemon = Daemon { refresher, workers, events, metrics, gate, store };

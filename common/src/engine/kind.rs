@@ -8,9 +8,10 @@ use std::fs;
 use std::io;
 use std::os::fd::RawFd;
 
-use super::threads::Threads;
-use super::uring::Uring;
+use super::threads::{self, Threads};
+use super::uring::{self, Uring};
 use super::{Channels, Engine, EngineError};
+use crate::sandbox::Call;
 
 /// The engines that there are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,6 +29,20 @@ impl EngineKind {
             Self::IoUring => "io_uring",
             Self::Threads => "threads",
         }
+    }
+
+    /// The system calls of a worker that has one.
+    pub(crate) fn calls(self) -> Vec<Call> {
+        match self {
+            Self::IoUring => uring::CALLS.to_vec(),
+            Self::Threads => threads::calls(),
+        }
+    }
+
+    /// Whether it is to be opened by who is in the sandbox already: threads are held as who starts them is, and a ring takes
+    /// system calls to set up that nobody needs later.
+    pub(crate) fn opens_in_sandbox(self) -> bool {
+        self == Self::Threads
     }
 
     /// Whether this host has an io_uring.

@@ -1,6 +1,9 @@
 //! Operations and what becomes of them.
 
+use io_uring::opcode;
+
 use crate::memory::HostBuffer;
+use crate::sandbox::Call;
 use crate::virtqueue::{Buffers, MAX_CHAIN_DESCRIPTORS};
 
 /// Which of the device's files ([`Device::files`](crate::device::Device::files)) is meant.
@@ -80,6 +83,45 @@ pub enum Op<'a> {
         /// What becomes of the blocks.
         zeroing: Zeroing,
     },
+}
+
+/// What an operation is to the kernel: the one table behind both engines' restrictions.
+pub(super) struct Kernel {
+    /// To an io_uring, with their names.
+    pub(super) opcodes: &'static [(&'static str, u8)],
+    /// To who makes system calls.
+    pub(super) calls: &'static [Call],
+}
+
+static READ: Kernel = Kernel {
+    opcodes: &[("READ", opcode::Read::CODE), ("READV", opcode::Readv::CODE)],
+    calls: &[Call::any(libc::SYS_preadv)],
+};
+static WRITE: Kernel = Kernel {
+    opcodes: &[("WRITEV", opcode::Writev::CODE)],
+    calls: &[Call::any(libc::SYS_pwritev2)],
+};
+static SYNC: Kernel =
+    Kernel { opcodes: &[("FSYNC", opcode::Fsync::CODE)], calls: &[Call::any(libc::SYS_fdatasync)] };
+static ZERO: Kernel = Kernel {
+    opcodes: &[("FALLOCATE", opcode::Fallocate::CODE), ("WRITEV", opcode::Writev::CODE)],
+    calls: &[Call::any(libc::SYS_fallocate), Call::any(libc::SYS_pwritev)],
+};
+
+impl Op<'_> {
+    /// Every kind of operation.
+    pub(super) const KERNEL: [&'static Kernel; 4] = [&READ, &WRITE, &SYNC, &ZERO];
+
+    /// What this one is to the kernel: a kind that is new has no place until it has a row.
+    #[cfg(test)]
+    pub(super) fn kernel(&self) -> &'static Kernel {
+        match self {
+            Self::Read { .. } => &READ,
+            Self::Write { .. } => &WRITE,
+            Self::Sync { .. } => &SYNC,
+            Self::Zero { .. } => &ZERO,
+        }
+    }
 }
 
 /// Names an operation in flight: it comes back with the completion.

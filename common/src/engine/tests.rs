@@ -14,6 +14,7 @@ use super::{
     Wait, Zeroing,
 };
 use crate::memory::{FrontendAddress, GuestAddress, HostBuffer, MemoryMap, Region, RegionSpec};
+use crate::sandbox::{self, Needs, Sandbox};
 use crate::virtqueue::{Buffers, MAX_CHAIN_DESCRIPTORS};
 
 const FILE: FileIndex = FileIndex(0);
@@ -142,6 +143,69 @@ fn every_kind_of_zeroing_leaves_zeros() {
             assert_eq!(bytes(&file), expected, "{kind:?}, {zeroing:?}");
         }
     }
+}
+
+/// Tells a child which engine to try in the sandbox.
+const CHILD: &str = "OUTBOARD_TEST_ENGINE_CHILD";
+
+#[test]
+fn engine_does_all_operations_in_the_sandbox() {
+    if let Ok(name) = std::env::var(CHILD) {
+        let kind = engines().into_iter().find(|kind| kind.name() == name).unwrap();
+        return do_all_in_the_sandbox(kind);
+    }
+    for kind in engines() {
+        let child = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "engine::tests::engine_does_all_operations_in_the_sandbox"])
+            .envs([(CHILD, kind.name()), ("RUST_BACKTRACE", "0")])
+            .output()
+            .unwrap();
+        assert!(child.status.success(), "{kind:?}: {child:?}");
+    }
+}
+
+fn do_all_in_the_sandbox(kind: EngineKind) {
+    let file = tempfile::tempfile().unwrap();
+    let (_map, memory) = guest(8);
+    let (frames, _theirs) = channel();
+    let kicked = event();
+    sandbox::choose(Sandbox::On);
+    let enter = || sandbox::enter(&Needs { calls: kind.calls(), ..Needs::default() });
+    if kind.opens_in_sandbox() {
+        enter();
+    }
+    let channels = Channels::new(vec![frames.as_raw_fd()]);
+    let mut engine = kind.open(vec![file.as_raw_fd()], channels).unwrap();
+    if !kind.opens_in_sandbox() {
+        enter();
+    }
+    let (one, several) = (Buffers::new(&memory[..1]), Buffers::new(&memory[1..4]));
+    let (offset, len_bytes) = (0, PIECE as u64);
+    let zeroings = [Zeroing::Deallocate, Zeroing::Keep, Zeroing::Write];
+    let zero = |zeroing| Op::Zero { file: FILE, offset, len_bytes, zeroing };
+    let operations = [
+        Op::Write { file: FILE, offset, from: several, durable: false },
+        Op::Write { file: FILE, offset, from: one, durable: true },
+        Op::Read { file: FILE, offset, into: one },
+        Op::Read { file: FILE, offset, into: several },
+        Op::Sync { file: FILE },
+    ];
+    for op in operations.into_iter().chain(zeroings.map(zero)) {
+        let kernel = Op::KERNEL.iter().any(|row| std::ptr::eq(*row, op.kernel()));
+        assert!(kernel, "the operation has a row");
+        match perform(&mut *engine, op) {
+            Ok(_) | Err(Errno::OPNOTSUPP) => {}
+            Err(errno) => panic!("{kind:?}: {errno}"),
+        }
+    }
+    engine.watch(KICK, &kicked).unwrap();
+    engine.signal(Subject::Call { queue: 0 }, &kicked).unwrap();
+    events(&mut *engine, 2);
+    engine.call_off(KICK).unwrap();
+    engine.await_channel(5, CHANNEL, Readiness::Writable).unwrap();
+    events(&mut *engine, 3);
+    assert_eq!(engine.send_to(CHANNEL, &memory), Ok(8 * PIECE));
+    assert_eq!(engine.receive(CHANNEL, &memory), Err(Errno::AGAIN));
 }
 
 #[test]

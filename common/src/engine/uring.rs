@@ -14,9 +14,11 @@ use super::event::{Event, Subject, Wait};
 use super::op::{FileIndex, Op, Token, zeros};
 use super::{ChannelIndex, Channels, Engine, Readiness, Unavailable};
 use crate::memory::HostBuffer;
+use crate::sandbox::Call;
 use crate::virtqueue::{Buffers, MAX_CHAIN_DESCRIPTORS};
 use rustix::io::Errno;
 
+use io_uring::register::Restriction;
 use io_uring::{IoUring, Probe, cqueue, opcode, squeue, types};
 
 /// Submissions of one turn; a turn with more makes one more system call.
@@ -31,17 +33,21 @@ const FLUSH_TRIES: u32 = 1000;
 /// `io_uring_enter(2)`: look for completions.
 const IORING_ENTER_GETEVENTS: u32 = 1;
 
-/// The operations that this engine uses.
-const OPERATIONS: [(&str, u8); 8] = [
-    ("READ", opcode::Read::CODE),
-    ("READV", opcode::Readv::CODE),
+/// The operations that this engine uses beside those of [`Op`]: calls are written, kicks and channels are polled.
+const OWN_OPERATIONS: [(&str, u8); 3] = [
     ("WRITE", opcode::Write::CODE),
-    ("WRITEV", opcode::Writev::CODE),
-    ("FSYNC", opcode::Fsync::CODE),
-    ("FALLOCATE", opcode::Fallocate::CODE),
     ("POLL_ADD", opcode::PollAdd::CODE),
     ("ASYNC_CANCEL", opcode::AsyncCancel::CODE),
 ];
+
+/// The system calls of a worker with this engine, once that is set up.
+pub(super) const CALLS: &[Call] = &[Call::any(libc::SYS_io_uring_enter)];
+
+/// All operations that a ring is ever given.
+fn operations() -> impl Iterator<Item = (&'static str, u8)> {
+    let of_ops = Op::KERNEL.iter().flat_map(|kernel| kernel.opcodes);
+    of_ops.chain(&OWN_OPERATIONS).copied()
+}
 
 /// An io_uring and the files that operations name.
 pub(crate) struct Uring {
@@ -61,9 +67,19 @@ impl Uring {
     /// # Errors
     /// io_uring is disabled or missing.
     pub(crate) fn new(files: Vec<RawFd>, channels: Channels) -> Result<Self, Unavailable> {
-        let ring = set_up().map_err(Unavailable::from)?;
+        Self::with(set_up()?, files, channels)
+    }
+
+    /// Takes a ring over that is yet disabled, and restricts it for good: seccomp does not see what is in a ring. No other
+    /// files, buffers or rights can be registered from then on.
+    fn with(ring: IoUring, files: Vec<RawFd>, channels: Channels) -> Result<Self, Unavailable> {
         // A file that cannot be registered is looked up at each operation instead.
         let registered = !files.is_empty() && ring.submitter().register_files(&files).is_ok();
+        let mut restrictions: Vec<_> =
+            operations().map(|(_, code)| Restriction::sqe_op(code)).collect();
+        restrictions.push(Restriction::sqe_flags_allowed(squeue::Flags::FIXED_FILE.bits()));
+        ring.submitter().register_restrictions(&mut restrictions)?;
+        ring.submitter().register_enable_rings()?;
         let arena = Vec::with_capacity(ARENA_BUFFERS);
         Ok(Self { ring, files, registered, arena, channels })
     }
@@ -73,19 +89,20 @@ impl Uring {
     /// # Errors
     /// It has not.
     pub(crate) fn probe() -> Result<(), Unavailable> {
-        let mut uring = Self::new(Vec::new(), Channels::default())?;
+        let ring = set_up()?;
         // What a watch that goes on needs came with this mark of Linux 5.13.
-        if !uring.ring.params().is_feature_resource_tagging() {
+        if !ring.params().is_feature_resource_tagging() {
             return Err(Unavailable::Old);
         }
         let mut known = Probe::new();
-        uring.ring.submitter().register_probe(&mut known)?;
-        let lacking = OPERATIONS.iter().find(|(_, code)| !known.is_supported(*code));
+        ring.submitter().register_probe(&mut known)?;
+        let lacking = operations().find(|(_, code)| !known.is_supported(*code));
         if let Some((name, _)) = lacking {
             return Err(Unavailable::Lacking(name));
         }
-        // A filter may let a ring be made and not be used.
-        uring.push(Subject::Mail, opcode::Nop::new().build())?;
+        let mut uring = Self::with(ring, Vec::new(), Channels::default())?;
+        // A filter may let a ring be made and not be used. There is nothing to call off, which is an answer, too.
+        uring.call_off(Subject::Mail)?;
         match uring.enter(1) {
             // A signal has come in between.
             Err(error) if !is_passing(&error) => Err(error.into()),
@@ -291,10 +308,10 @@ fn is_passing(error: &io::Error) -> bool {
 }
 
 /// Sets up a ring with what this kernel offers: first with completions delivered only when the
-/// thread asks (6.1), then with fewer interruptions (5.19), then plain.
+/// thread asks (6.1), then with fewer interruptions (5.19), then plain. It is disabled until it is restricted.
 fn set_up() -> io::Result<IoUring> {
     let mut builder = IoUring::builder();
-    builder.setup_cqsize(COMPLETIONS);
+    builder.setup_cqsize(COMPLETIONS).setup_r_disabled();
     let attempts = [
         builder.clone().setup_single_issuer().setup_defer_taskrun().setup_taskrun_flag().clone(),
         builder.clone().setup_coop_taskrun().setup_taskrun_flag().clone(),
@@ -364,12 +381,31 @@ mod tests {
     use std::os::fd::AsRawFd;
     use std::os::unix::fs::FileExt;
 
+    use io_uring::opcode;
+    use rustix::io::Errno;
+
     use super::{SUBMISSIONS, Uring};
     use crate::engine::tests::{PIECE, engines, guest};
-    use crate::engine::{Channels, Engine, EngineKind, FileIndex, Op, Token, Wait};
+    use crate::engine::{Channels, Engine, EngineKind, FileIndex, Op, Subject, Token, Wait};
     use crate::virtqueue::Buffers;
 
     const FILE: FileIndex = FileIndex(0);
+
+    #[test]
+    fn ring_executes_no_other_operation_and_takes_no_other_files() {
+        if !engines().contains(&EngineKind::IoUring) {
+            return;
+        }
+        let mut engine = Uring::new(Vec::new(), Channels::default()).unwrap();
+        engine.push(Subject::Mail, opcode::Nop::new().build()).unwrap();
+        let mut events = Vec::new();
+        while events.is_empty() {
+            engine.turn(Wait::Forever, &mut events).unwrap();
+        }
+        assert_eq!(events[0].outcome(), Err(Errno::ACCESS));
+        let refused = engine.ring.submitter().register_files(&[0]).unwrap_err();
+        assert_eq!(refused.raw_os_error(), Some(libc::EACCES));
+    }
 
     #[test]
     fn lists_survive_a_turn_with_more_operations_than_the_ring_has_room_for() {

@@ -12,6 +12,7 @@ mod cast;
 mod client;
 mod door;
 mod file;
+mod needs;
 mod pty;
 mod record;
 #[cfg(test)]
@@ -28,6 +29,7 @@ use serde_json::{Value, json};
 use thiserror::Error;
 
 pub(crate) use at::At;
+pub(crate) use needs::needs;
 
 use self::cast::Cast;
 use self::client::Client;

@@ -11,12 +11,25 @@
 
 use std::os::fd::{AsRawFd, BorrowedFd};
 
+use common::sandbox::Call;
 use nix::errno::Errno;
 use nix::libc;
 use rustix::io;
 use rustix::ioctl::{IntegerSetter, Opcode, Setter, Updater, ioctl};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
+
+/// The control calls of a tap that is open.
+pub(super) const CALLS: &[Call] = &[
+    Call::ioctl(libc::TUNGETIFF as u32),
+    Call::ioctl(libc::TUNSETQUEUE as u32),
+    Call::ioctl(libc::TUNSETOFFLOAD as u32),
+    Call::ioctl(libc::TUNSETVNETHDRSZ as u32),
+];
+/// The one by which a file takes an interface that has come back.
+pub(super) const ATTACH: Call = Call::ioctl(libc::TUNSETIFF as u32);
+/// Another file comes under a number.
+pub(super) const REPLACE: Call = Call::any(libc::SYS_dup3);
 
 /// Room for an interface's name and the zero behind it.
 const NAME_BYTES: usize = libc::IFNAMSIZ;

@@ -19,6 +19,8 @@ use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram};
 use std::path::{Path, PathBuf};
 
+use common::sandbox::{Access, Call, CapabilitySet, Needs, Place};
+use nix::libc;
 use rustix::fs::{CWD, Dev, FileType, Mode, OFlags, makedev, mknodat, open, unlink};
 use rustix::io::Errno;
 use tracing::{info, warn};
@@ -76,6 +78,16 @@ impl Macvtap {
             }
         }
         Err(failed(Errno::EXIST))
+    }
+
+    /// To make it again with its parent, which has another device then; and to remove it. Where a node has to be made for it,
+    /// that may be anywhere, and root's.
+    pub(super) fn add_needs(needs: &mut Needs) {
+        let nodes = NODE_DIRECTORIES.iter().map(|path| Place::new(path, Access::MakeNodes));
+        needs.places.extend(nodes.chain([Place::new("/sys", Access::Read)]));
+        let netlink = Call::with(libc::SYS_socket, 0, libc::AF_NETLINK.unsigned_abs());
+        needs.calls.extend([netlink, Call::any(libc::SYS_bind), descriptor::REPLACE]);
+        needs.capabilities |= CapabilitySet::MKNOD | CapabilitySet::DAC_OVERRIDE;
     }
 
     pub(super) fn name(&self) -> &str {

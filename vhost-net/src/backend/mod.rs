@@ -23,6 +23,7 @@ mod tap;
 use std::convert::Infallible;
 use std::os::fd::BorrowedFd;
 
+use common::sandbox::{Call, Needs};
 use nix::libc;
 
 pub(crate) use error::OpenError;
@@ -122,6 +123,28 @@ impl Backend {
                 no_bridge("null", &settings)?;
                 Ok(Self::Null(Null::new(*frame_bytes)))
             }
+        }
+    }
+
+    /// What it does on the main thread once it is open.
+    pub(crate) fn needs(&self) -> Needs {
+        match self {
+            Self::Tap(tap) => tap.needs(),
+            Self::Stream(stream) => stream.needs(),
+            Self::Null(_) => Needs::default(),
+            #[cfg(test)]
+            Self::Simulated(_) => Needs::default(),
+        }
+    }
+
+    /// The system calls of queues, beside reading and writing.
+    pub(crate) fn queue_calls(&self) -> &'static [Call] {
+        match self {
+            Self::Tap(_) => descriptor::CALLS,
+            Self::Stream(_) => stream::QUEUE_CALLS,
+            Self::Null(_) => &[],
+            #[cfg(test)]
+            Self::Simulated(_) => &[],
         }
     }
 

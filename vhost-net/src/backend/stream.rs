@@ -21,6 +21,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use common::daemon::listener::{self, Listener};
+use common::sandbox::calls::CONNECT;
+use common::sandbox::{Access, Call, Needs, Place};
+use nix::libc;
 use rustix::event::epoll;
 use rustix::net::{AddressFamily, Shutdown, SocketFlags, SocketType, shutdown, socketpair};
 use tokio::net::{UnixListener, UnixStream};
@@ -37,6 +40,9 @@ const OPTION: &str = "socket=PATH";
 const PAUSE_MIN: Duration = Duration::from_millis(50);
 /// The longest pause: a guest's network is back this soon after its peer, at the latest.
 const PAUSE_MAX: Duration = Duration::from_secs(2);
+
+/// A queue adopts a connection, or gives it up.
+pub(super) const QUEUE_CALLS: &[Call] = &[descriptor::REPLACE, Call::any(libc::SYS_shutdown)];
 
 /// Which of the two descriptors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -91,6 +97,16 @@ impl Stream {
             current: Mutex::new(None),
             link: Link::default(),
         })
+    }
+
+    /// Each connection is watched, and those that we make are made.
+    pub(super) fn needs(&self) -> Needs {
+        let file = self.listener.as_ref().and_then(|listener| listener.file.as_ref());
+        let places =
+            file.map(|file| Place::around(file.path(), Access::Remove)).into_iter().collect();
+        let connect = if self.listener.is_none() { CONNECT } else { &[] };
+        let calls = [&[Call::any(libc::SYS_epoll_create1)], connect].concat();
+        Needs { places, calls, ..Needs::default() }
     }
 
     pub(crate) fn link(&self) -> &Link {

@@ -19,6 +19,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use common::daemon::{listener, predecessor};
+use common::sandbox::{CapabilitySet, Needs};
 use nix::libc;
 use rustix::fs::{Mode, OFlags, fcntl_getfl, fcntl_setfl, open};
 use rustix::io::{Errno, fcntl_dupfd_cloexec};
@@ -239,6 +240,18 @@ impl Tap {
 
     fn failed(&self, what: &'static str, errno: Errno) -> OpenError {
         OpenError::Set { what, name: self.source.name().to_owned(), source: errno.into() }
+    }
+
+    /// The interface is looked at and set up again whenever it comes back. A file outlives its interface, so nothing is opened
+    /// but for a macvtap.
+    pub(super) fn needs(&self) -> Needs {
+        let mut calls = descriptor::CALLS.to_vec();
+        calls.push(descriptor::ATTACH);
+        let mut needs = Needs { calls, capabilities: CapabilitySet::NET_ADMIN, ..Needs::default() };
+        if let Source::Macvtap(_) = self.source {
+            Macvtap::add_needs(&mut needs);
+        }
+        needs
     }
 
     /// What the interface can take and give, whatever has been applied.

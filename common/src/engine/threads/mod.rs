@@ -35,6 +35,8 @@ use self::job::Job;
 use self::pool::{Limits, Pool};
 use super::{ChannelIndex, Channels, Engine, Event, Op, Readiness, Subject, Token, Wait};
 use crate::memory::HostBuffer;
+use crate::sandbox::Call;
+use crate::sandbox::calls::{EPOLL, START_THREADS};
 
 /// Threads of a worker's pool. A disk that takes its time is kept busy by them; a fast one has its
 /// data in the page cache, where even one thread is enough.
@@ -47,6 +49,13 @@ const UNSEEN_MAX: u32 = 32;
 const FOUND_MAX: usize = 64;
 /// Stands for the bell of the completions in the epoll set; no subject has this number.
 const BELL: u64 = u64::MAX;
+
+/// The system calls of a worker with this engine, and of its pool: to wait, to start threads, and what [`Op`] names.
+pub(super) fn calls() -> Vec<Call> {
+    let set_up = [Call::any(libc::SYS_epoll_create1), Call::any(libc::SYS_eventfd2)];
+    let of_ops = Op::KERNEL.iter().flat_map(|kernel| kernel.calls);
+    set_up.iter().chain(EPOLL).chain(START_THREADS).chain(of_ops).copied().collect()
+}
 
 /// See the module's head.
 pub(crate) struct Threads {
