@@ -37,8 +37,11 @@ const SERVING: &[Call] = &[
 ];
 
 /// Has the main thread do no more than serve `device` at these sockets; the log says what of that this host cannot give.
-pub(super) fn enter(device: &impl Device, sockets: &Sockets) {
-    for lacking in sandbox::enter(&needs(device, sockets)) {
+/// `more` is what it reads besides.
+pub(super) fn enter(device: &impl Device, sockets: &Sockets, more: Option<Place>) {
+    let mut needs = needs(device, sockets);
+    needs.places.extend(more);
+    for lacking in sandbox::enter(&needs) {
         info!("--sandbox: {}", log::with_sources(&lacking));
     }
 }

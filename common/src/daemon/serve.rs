@@ -109,7 +109,7 @@ fn start<D: Device, E: Error + 'static>(
         (Endpoint::Connected(_), _) => store = None,
         (Endpoint::Listening(_), None) => {}
     }
-    confinement::enter(&*device, &sockets);
+    confinement::enter(&*device, &sockets, store.as_ref().map(|_| Store::place()));
     let gate = RateLimit::new(LOG_LINES, LOG_INTERVAL);
     let refresher = Rc::new(Refresher::new(device));
     let daemon = Daemon { refresher, workers, events, metrics, gate, store };

@@ -14,10 +14,33 @@
     clippy::panic
 )]
 
-use std::fs::read_to_string;
+use std::fs::File;
+use std::io::read_to_string;
 use std::os::fd::{AsRawFd, OwnedFd};
 
-use rustix::fs::{FileType, OFlags, fcntl_getfl, fstat};
+use rustix::fs::{FileType, Mode, OFlags, fcntl_getfl, fstat, openat};
+
+/// proc(5): what the kernel says of each open descriptor.
+pub(super) const FD_INFO: &str = "/proc/self/fdinfo";
+
+/// That directory, held open: Landlock knows a directory of proc's by an inode that is another one when it is looked up anew.
+pub(super) struct FdInfo(Option<File>);
+
+impl FdInfo {
+    /// Without proc, no eventfd can be told from another.
+    pub(super) fn open() -> Self {
+        Self(File::open(FD_INFO).ok())
+    }
+
+    /// The kernel's number of an eventfd, since Linux 5.2.
+    fn eventfd_id(&self, fd: &OwnedFd) -> Option<u64> {
+        let name = fd.as_raw_fd().to_string();
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+        let info = openat(self.0.as_ref()?, name, flags, Mode::empty()).ok()?;
+        let info = read_to_string(File::from(info)).ok()?;
+        info.lines().find_map(|line| line.strip_prefix("eventfd-id:"))?.trim().parse().ok()
+    }
+}
 
 /// Equal if the files are the same.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,7 +53,7 @@ pub(super) enum Identity {
 
 impl Identity {
     /// `None`: it cannot be told from others.
-    pub(super) fn of(fd: &OwnedFd) -> Option<Self> {
+    pub(super) fn of(fd: &OwnedFd, fd_info: &FdInfo) -> Option<Self> {
         let stat = fstat(fd).ok()?;
         match FileType::from_raw_mode(stat.st_mode) {
             FileType::RegularFile | FileType::Socket | FileType::Fifo => {
@@ -38,16 +61,10 @@ impl Identity {
                 Some(Self::Inode(stat.st_dev, stat.st_ino, access))
             }
             // Without a type: an inode that many share.
-            FileType::Unknown => eventfd_id(fd).map(Self::Eventfd),
+            FileType::Unknown => fd_info.eventfd_id(fd).map(Self::Eventfd),
             _ => None,
         }
     }
-}
-
-/// proc(5): `/proc/PID/fdinfo` has it since Linux 5.2.
-fn eventfd_id(fd: &OwnedFd) -> Option<u64> {
-    let info = read_to_string(format!("/proc/self/fdinfo/{}", fd.as_raw_fd())).ok()?;
-    info.lines().find_map(|line| line.strip_prefix("eventfd-id:"))?.trim().parse().ok()
 }
 
 #[cfg(test)]
@@ -64,8 +81,12 @@ mod tests {
 
     use rustix::event::{EventfdFlags, eventfd};
 
-    use super::Identity;
+    use super::{FdInfo, Identity};
     use crate::memory::guest_file;
+
+    fn identity(fd: &OwnedFd) -> Option<Identity> {
+        Identity::of(fd, &FdInfo::open())
+    }
 
     #[test]
     fn file_is_known_again_by_another_descriptor_and_no_other_is_taken_for_it() {
@@ -75,15 +96,15 @@ mod tests {
             [(event(), event()), (guest_file(4096), guest_file(4096)), (socket(), socket())];
         for (one, other) in pairs {
             let again = one.try_clone().unwrap();
-            assert!(Identity::of(&one).is_some());
-            assert_eq!(Identity::of(&one), Identity::of(&again));
-            assert_ne!(Identity::of(&one), Identity::of(&other));
+            assert!(identity(&one).is_some());
+            assert_eq!(identity(&one), identity(&again));
+            assert_ne!(identity(&one), identity(&other));
         }
     }
 
     #[test]
     fn ends_of_a_pipe_are_two_files() {
         let (reader, writer) = rustix::pipe::pipe().unwrap();
-        assert_ne!(Identity::of(&reader), Identity::of(&writer));
+        assert_ne!(identity(&reader), identity(&writer));
     }
 }

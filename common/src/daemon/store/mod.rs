@@ -29,13 +29,14 @@ use std::sync::Arc;
 use rustix::net::Shutdown;
 use tracing::{debug, info, warn};
 
-use self::identity::Identity;
+use self::identity::{FD_INFO, FdInfo, Identity};
 use self::image::{Image, ImageError};
 pub(super) use self::record::{HeldLife, KeptInflight, KeptListener, Life};
 use self::record::{HeldRecord, Record};
 use super::listener;
 use super::log::with_sources;
 use super::notify::Manager;
+use crate::sandbox::{Access, Place};
 
 /// What begins all our names.
 const PREFIX: &str = "outboard-";
@@ -83,6 +84,7 @@ pub(super) struct Store {
     device: &'static str,
     next_serial: u64,
     entries: Vec<Entry>,
+    fd_info: FdInfo,
     listener: Option<KeptListener<Arc<OwnedFd>>>,
     written: Vec<u8>,
     /// The image could not be written: it stays marked.
@@ -111,14 +113,15 @@ impl Store {
         let names = || kept.iter().map(|(name, _)| name);
         let least = names().filter_map(|name| serial_of(name)).max();
         let least = least.map_or(0, |last| last.saturating_add(1));
-        let (image, record) = match take_up(&kept, device) {
+        let fd_info = FdInfo::open();
+        let (image, record) = match take_up(&kept, device, &fd_info) {
             Ok(Some(taken)) => taken,
             other => {
                 if let Err(why) = other {
                     warn!("a predecessor's session is not taken up: {}", with_sources(&why));
                 }
                 names().for_each(|name| manager.remove(name));
-                let store = Self::begin(manager, device, least)?;
+                let store = Self::begin(manager, device, fd_info, least)?;
                 return Some((store, Legacy { listener: salvage(&kept), session: None }));
             }
         };
@@ -129,6 +132,7 @@ impl Store {
             device,
             next_serial: next_serial.max(least),
             entries: record.entries,
+            fd_info,
             listener: listener.clone(),
             written: Vec::new(),
             spoilt: false,
@@ -143,7 +147,7 @@ impl Store {
     }
 
     /// A store with nothing in it.
-    fn begin(manager: Manager, device: &'static str, least: u64) -> Option<Self> {
+    fn begin(manager: Manager, device: &'static str, fd_info: FdInfo, least: u64) -> Option<Self> {
         let empty = Record::<u64> {
             device: device.to_owned(),
             next_serial: least,
@@ -168,6 +172,7 @@ impl Store {
             device,
             next_serial,
             entries,
+            fd_info,
             listener,
             written,
             spoilt: false,
@@ -188,6 +193,11 @@ impl Store {
         warn!("the front end's connection is closed, and it may connect again: {why}");
         hang_up(&life);
         None
+    }
+
+    /// What telling descriptors apart takes, once the process is held.
+    pub(super) fn place() -> Place {
+        Place::new(FD_INFO, Access::Read)
     }
 
     /// The socket that the daemon has bound is kept from the next commit on.
@@ -242,7 +252,7 @@ impl Store {
         if let Some(entry) = self.entries.iter().find(|entry| Arc::ptr_eq(&entry.file, &fd)) {
             return entry.serial;
         }
-        let identity = Identity::of(&fd);
+        let identity = Identity::of(&fd, &self.fd_info);
         let mut same = self.entries.iter().filter(|entry| entry.identity == identity);
         if let (Some(_), Some(entry)) = (identity, same.next()) {
             return entry.serial;
@@ -280,6 +290,7 @@ struct Taken {
 fn take_up(
     kept: &[(String, Arc<OwnedFd>)],
     device: &'static str,
+    fd_info: &FdInfo,
 ) -> Result<Option<(Image, Taken)>, Unusable> {
     let Some((_, file)) = kept.iter().find(|(name, _)| name == IMAGE_NAME) else {
         if !kept.is_empty() {
@@ -295,7 +306,7 @@ fn take_up(
     let mut entries: Vec<Entry> = kept
         .iter()
         .filter_map(|(name, file)| {
-            let identity = Identity::of(file);
+            let identity = Identity::of(file, fd_info);
             Some(Entry { serial: serial_of(name)?, identity, file: Arc::clone(file) })
         })
         .collect();
