@@ -51,6 +51,7 @@
 
 use std::convert::Infallible;
 use std::os::fd::BorrowedFd;
+use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::io::Errno;
@@ -128,11 +129,15 @@ pub trait Device: Send + Sync + 'static {
     fn save(&self) -> Option<Value> {
         None
     }
-    /// The session that begins goes on with what a predecessor has [saved](Self::save); before any ring runs.
+    /// What drivers tell the device by its queues is to be written down here, before it is answered: whatever a session can
+    /// change by other means than messages. Before any session.
+    fn keep_with(&self, _keeper: Arc<dyn Keeper>) {}
+    /// Goes on with what a predecessor has [saved](Self::save), and [kept](Self::keep_with), if it has; in place of
+    /// [`new_session`](Self::new_session), before any ring runs.
     ///
     /// # Errors
     /// It cannot be what this device has saved.
-    fn restore(&self, saved: &Value) -> Result<(), NotRestored> {
+    fn restore(&self, saved: &Value, _kept: Option<&Value>) -> Result<(), NotRestored> {
         Err(NotRestored { saved: saved.clone() })
     }
     /// The files that operations name by their place here.
@@ -201,6 +206,12 @@ pub enum NotAnnounced {
     NoSwitch,
     #[error("the network does not take it")]
     Unsent(#[source] std::io::Error),
+}
+
+/// Where a device writes down what outlives the process.
+pub trait Keeper: Send + Sync {
+    /// Replaces what was kept before. From any thread, by one at a time; a few microseconds.
+    fn keep(&self, state: &Value);
 }
 
 /// Why a device does not go on where a predecessor was.

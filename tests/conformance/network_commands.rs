@@ -9,15 +9,15 @@ use frontend::net::{NetDriver, VIRTIO_NET_ERR, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_
 use frontend::wire::PATIENCE;
 use tests::{DaemonCommand, temp_dir};
 
-const OTHER_MAC: [u8; 6] = [0x52, 0x54, 0, 0xaa, 0xbb, 0xcc];
+pub(crate) const OTHER_MAC: [u8; 6] = [0x52, 0x54, 0, 0xaa, 0xbb, 0xcc];
 const GROUP_MAC: [u8; 6] = [1, 0, 0x5e, 0, 0, 1];
 
-fn command(driver: &mut NetDriver, bytes: &[u8]) -> u8 {
+pub(crate) fn command(driver: &mut NetDriver, bytes: &[u8]) -> u8 {
     driver.command(CONTROL_QUEUE, &[bytes]).expect("a command is answered")
 }
 
 /// Two tables of addresses.
-fn mac_table(unicast: &[[u8; 6]], multicast: &[[u8; 6]]) -> Vec<u8> {
+pub(crate) fn mac_table(unicast: &[[u8; 6]], multicast: &[[u8; 6]]) -> Vec<u8> {
     let mut bytes = vec![1, 0];
     for table in [unicast, multicast] {
         bytes.extend(u32::try_from(table.len()).expect("few addresses").to_le_bytes());
@@ -27,7 +27,7 @@ fn mac_table(unicast: &[[u8; 6]], multicast: &[[u8; 6]]) -> Vec<u8> {
 }
 
 /// Whether a frame to `to` reaches the guest: one to everybody, behind it, tells of one that does not.
-fn is_received(driver: &mut NetDriver, wire: &Wire, to: [u8; 6], tag: &[u8]) -> bool {
+pub(crate) fn is_received(driver: &mut NetDriver, wire: &Wire, to: [u8; 6], tag: &[u8]) -> bool {
     let mut sent = [&to[..], &[2, 0, 0, 0, 0, 9], tag, &[0x88, 0xb5]].concat();
     sent.resize(200, 0x77);
     let last = frame(300, 1);

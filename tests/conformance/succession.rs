@@ -4,6 +4,7 @@
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixListener;
 use std::time::{Duration, Instant};
 
 use frontend::block::{BlockDriver, Request, VIRTIO_BLK_S_OK};
@@ -12,11 +13,15 @@ use frontend::guest::Options;
 use frontend::message::{
     VHOST_USER_GET_FEATURES, VHOST_USER_NEED_REPLY_MASK, VHOST_USER_VERSION, header,
 };
+use frontend::net::{NetDriver, VIRTIO_NET_OK};
 use frontend::wire::PATIENCE;
-use tests::{Service, TempDir, temp_dir};
+use tests::{DaemonCommand, Service, TempDir, temp_dir};
 
 use crate::cache::{WRITEBACK, switch};
-use crate::subject::{QUEUE_COUNT, is_another_program, make_disk, must_work, ours};
+use crate::network_commands::{OTHER_MAC, command, is_received, mac_table};
+use crate::network_frames::options as network_options;
+use crate::subject::{QUEUE_COUNT, is_another_program, make_disk, must_carry, must_work, ours};
+use crate::wire::Wire;
 
 const IMAGE: &str = "outboard-image";
 /// More than any session here has.
@@ -34,6 +39,9 @@ const BLOCK_SECTORS: u64 = BLOCK_BYTES as u64 / 512;
 /// Writes of each queue before each kill.
 const WRITE_COUNT: u64 = 40;
 const KILL_COUNT: u64 = 20;
+/// The address of a network's guest, and another one that it may want.
+const MAC: &str = "52:54:00:12:34:56";
+const THIRD_MAC: [u8; 6] = [0x52, 0x54, 0, 0xaa, 0xbb, 0xcd];
 
 /// A daemon under a manager with room for so many descriptors, and its disk.
 fn service(room: usize, options: &[&str]) -> (Service, TempDir) {
@@ -318,6 +326,42 @@ fn descriptors_that_are_missing_or_mixed_up_end_the_connection_and_nothing_else(
     service.kept().extend(names.into_iter().zip(fds).chain([image]));
     service.start_next();
     expect_refusal(&mut service, &driver, "not taken up");
+}
+
+#[test]
+fn network_knows_what_its_driver_has_said_to_a_daemon_before() {
+    if is_another_program() {
+        return;
+    }
+    let directory = temp_dir();
+    let path = directory.path().join("wire");
+    let listener = UnixListener::bind(&path).expect("a socket fits in a fresh directory");
+    let network = DaemonCommand::network(&format!("socket={}", path.display()));
+    let mut service = Service::start(network.argument("--mac").argument(MAC), ROOM);
+    let mut wire = Wire::accept(&listener);
+    let mut driver =
+        NetDriver::start(service.socket(), &network_options()).expect("a session begins");
+    let promiscuous = |is_on: u8| [0, 0, is_on];
+    assert_eq!(command(&mut driver, &promiscuous(0)), VIRTIO_NET_OK);
+    let ends = [kill_between_messages, |service: &mut Service| {
+        assert!(service.terminate().success());
+    }];
+    for (end, wanted) in ends.into_iter().cycle().zip([OTHER_MAC, THIRD_MAC, OTHER_MAC, THIRD_MAC])
+    {
+        assert_eq!(command(&mut driver, &mac_table(&[wanted], &[])), VIRTIO_NET_OK);
+        end(&mut service);
+        service.start_next();
+        wire = Wire::accept(&listener);
+        for mac in [OTHER_MAC, THIRD_MAC] {
+            assert_eq!(is_received(&mut driver, &wire, mac, &[]), mac == wanted);
+        }
+        must_carry(&mut driver.guest, &wire, "the driver has said nothing to it");
+    }
+    // Another guest's driver has said nothing yet.
+    drop(driver);
+    let mut driver =
+        NetDriver::start(service.socket(), &network_options()).expect("a session begins");
+    assert!(is_received(&mut driver, &wire, OTHER_MAC, &[]));
 }
 
 #[test]

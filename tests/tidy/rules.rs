@@ -58,6 +58,7 @@ const PARSERS: &[&str] = &[
     "vhost-console/src/command.rs",
     "vhost-net/src/command.rs",
     "vhost-net/src/header.rs",
+    "vhost-net/src/kept.rs",
     "vhost-net/src/backend/netlink.rs",
     "vhost-net/src/backend/spec.rs",
     "vhost-net/src/backend/stream/framing.rs",

@@ -95,7 +95,7 @@ impl Device for BlockDevice {
         Some(json!({ WRITE_BACK: self.disk.cache().is_write_back() }))
     }
 
-    fn restore(&self, saved: &Value) -> Result<(), NotRestored> {
+    fn restore(&self, saved: &Value, _kept: Option<&Value>) -> Result<(), NotRestored> {
         let to_write_back = saved.get(WRITE_BACK).and_then(Value::as_bool);
         let no = || NotRestored { saved: saved.clone() };
         self.disk.switch_cache(to_write_back.ok_or_else(no)?);

@@ -11,6 +11,7 @@ use std::str::FromStr;
 use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
 
 use common::virtqueue::VIRTIO_F_VERSION_1;
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::backend::Offloads;
@@ -367,6 +368,17 @@ pub(crate) struct Identity {
     pub(crate) queue_pairs: u16,
 }
 
+/// What a driver has told the device, written down.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct KeptState {
+    mac: u64,
+    written: u64,
+    is_to_announce: bool,
+    active_pairs: u16,
+    offloads: u64,
+}
+
 /// What a driver sees of the device, and has told it.
 #[derive(Debug)]
 pub(crate) struct State {
@@ -417,6 +429,35 @@ impl State {
             _ => 1,
         };
         self.active_pairs.store(pairs, Ordering::Relaxed);
+    }
+
+    pub(crate) fn save(&self) -> KeptState {
+        KeptState {
+            mac: self.mac.load(Ordering::Relaxed),
+            written: self.written.load(Ordering::Relaxed),
+            is_to_announce: self.status.load(Ordering::Relaxed) & VIRTIO_NET_S_ANNOUNCE != 0,
+            active_pairs: self.active_pairs(),
+            offloads: self.offloads(),
+        }
+    }
+
+    /// Whether a driver that acknowledged `features` can have said that.
+    pub(crate) fn can_be(&self, kept: &KeptState, features: u64) -> bool {
+        let is_address = |number: u64| Mac::from_number(number).number() == number;
+        is_address(kept.mac)
+            && is_address(kept.written)
+            && (1..=self.queue_pairs()).contains(&kept.active_pairs)
+            && kept.offloads & !(features & GUEST_OFFLOADS) == 0
+            && are_complete(kept.offloads)
+    }
+
+    /// A driver has said that, to a predecessor of this process.
+    pub(crate) fn restore(&self, kept: &KeptState) {
+        self.mac.store(kept.mac, Ordering::Relaxed);
+        self.written.store(kept.written, Ordering::Relaxed);
+        self.set_status(VIRTIO_NET_S_ANNOUNCE, kept.is_to_announce);
+        self.set_active_pairs(kept.active_pairs);
+        self.set_offloads(kept.offloads);
     }
 
     pub(crate) fn queue_pairs(&self) -> u16 {

@@ -7,14 +7,17 @@
 use std::convert::Infallible;
 use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
-use common::device::{Device, DeviceQueue, Network, NotAnnounced, QueueIo, Runtime};
+use common::device::{
+    Device, DeviceQueue, Keeper, Network, NotAnnounced, NotRestored, QueueIo, Runtime,
+};
 use common::engine::{ChannelIndex, Completion};
 use common::rate_limit::Topic;
 use common::sandbox::{Call, Needs};
 use rustix::io::Errno;
+use serde_json::Value;
 use tokio::sync::Notify;
 use tracing::warn;
 
@@ -27,6 +30,7 @@ use crate::control::Control;
 use crate::drops::DROPS;
 use crate::filter::{Filter, Unwanted};
 use crate::header::{HEADER_BYTES, Head};
+use crate::kept::Kept;
 use crate::outbox::Outbox;
 use crate::rx::Receiver;
 use crate::source::{Flood, Inlet, Source, StreamSource};
@@ -71,6 +75,10 @@ pub(crate) struct Shared {
     pairs: Mutex<Pairs>,
     /// Pairs have been attached to the back end, or may have been: their queues are to look at it.
     attached: Notify,
+    /// What the driver has acknowledged, as the rings that were started last have it.
+    acknowledged: AtomicU64,
+    /// Who writes down what the driver has said.
+    keeper: OnceLock<Arc<dyn Keeper>>,
 }
 
 /// What is known of queue pairs while their rings are not running, too.
@@ -191,8 +199,22 @@ impl Shared {
         sent.map(drop).map_err(|errno| NotAnnounced::Unsent(errno.into()))
     }
 
-    /// Carries a command out.
+    /// Carries a command out, and has a successor of this process know of it.
     pub(crate) fn obey(&self, command: &Command) -> Result<(), Errno> {
+        self.change(command)?;
+        self.keep();
+        Ok(())
+    }
+
+    /// Has what the driver has said written down.
+    fn keep(&self) {
+        if let Some(keeper) = self.keeper.get() {
+            let features = self.acknowledged.load(Ordering::Relaxed);
+            keeper.keep(&Kept::new(features, &self.state, &self.filter).to_value());
+        }
+    }
+
+    fn change(&self, command: &Command) -> Result<(), Errno> {
         match command {
             Command::RxMode { mode, is_on } => self.filter.set_mode(*mode, *is_on),
             Command::MacTable { unicast, multicast } => {
@@ -249,8 +271,6 @@ impl Shared {
 pub(crate) struct NetDevice {
     shared: Arc<Shared>,
     offered: u64,
-    /// What the driver has acknowledged, as the rings that were started last have it.
-    acknowledged: AtomicU64,
 }
 
 impl NetDevice {
@@ -265,20 +285,22 @@ impl NetDevice {
         };
         let filter = Filter::new();
         let pairs = Mutex::new(pairs);
-        let shared = Shared { backend, state, filter, port, pairs, attached: Notify::new() };
-        let acknowledged = AtomicU64::new(0);
-        Self { shared: Arc::new(shared), offered, acknowledged }
+        let (attached, acknowledged) = (Notify::new(), AtomicU64::new(0));
+        let keeper = OnceLock::new();
+        let shared = Shared { backend, state, filter, port, pairs, attached, acknowledged, keeper };
+        Self { shared: Arc::new(shared), offered }
     }
 
     /// A driver has acknowledged `features`: what is in force follows from them, until it says otherwise.
     fn negotiated(&self, features: u64) {
-        if self.acknowledged.swap(features, Ordering::Relaxed) == features {
+        if self.shared.acknowledged.swap(features, Ordering::Relaxed) == features {
             return;
         }
         let Shared { state, filter, .. } = &*self.shared;
         state.negotiated(features);
         filter.negotiated(features);
         self.apply_offloads();
+        self.shared.keep();
     }
 
     /// Has the guest say where it is, since nobody knows it yet where it is plugged in now.
@@ -286,7 +308,7 @@ impl NetDevice {
         let Shared { state, backend, .. } = &*self.shared;
         for pause in ANNOUNCEMENT_PAUSES {
             tokio::time::sleep(pause).await;
-            let features = self.acknowledged.load(Ordering::Relaxed);
+            let features = self.shared.acknowledged.load(Ordering::Relaxed);
             if backend.link().is_up() && state.announce(features) {
                 runtime.config_changed("the guest is to announce itself");
             }
@@ -294,11 +316,12 @@ impl NetDevice {
     }
 
     fn forget_driver(&self) {
-        self.acknowledged.store(0, Ordering::Relaxed);
+        self.shared.acknowledged.store(0, Ordering::Relaxed);
         let Shared { state, filter, .. } = &*self.shared;
         state.reset();
         filter.reset();
         self.apply_offloads();
+        self.shared.keep();
     }
 
     /// Has the back end hand frames over as the driver takes them.
@@ -346,8 +369,10 @@ impl Device for NetDevice {
     }
 
     fn write_config(&self, offset: u32, data: &[u8]) -> bool {
-        let features = self.acknowledged.load(Ordering::Relaxed);
-        self.shared.state.write(features, offset, data, self.shared.port.only_mac)
+        let features = self.shared.acknowledged.load(Ordering::Relaxed);
+        let written = self.shared.state.write(features, offset, data, self.shared.port.only_mac);
+        self.shared.keep();
+        written
     }
 
     fn reset(&self) {
@@ -356,6 +381,27 @@ impl Device for NetDevice {
 
     fn new_session(&self) {
         self.forget_driver();
+    }
+
+    // All of it is kept, because most of it comes by a queue.
+    fn save(&self) -> Option<Value> {
+        Some(Value::Null)
+    }
+
+    fn keep_with(&self, keeper: Arc<dyn Keeper>) {
+        // There is one for the whole life of a process.
+        let _ = self.shared.keeper.set(keeper);
+    }
+
+    fn restore(&self, saved: &Value, kept: Option<&Value>) -> Result<(), NotRestored> {
+        let kept = kept.unwrap_or(saved);
+        let no = || NotRestored { saved: kept.clone() };
+        let Shared { state, filter, acknowledged, .. } = &*self.shared;
+        let features = Kept::parse(kept).and_then(|kept| kept.restore(self.offered, state, filter));
+        acknowledged.store(features.ok_or_else(no)?, Ordering::Relaxed);
+        self.apply_offloads();
+        self.shared.keep();
+        Ok(())
     }
 
     fn host_drops(&self) -> Option<u64> {
@@ -393,7 +439,7 @@ impl Device for NetDevice {
     }
 
     fn close_queue(&self, index: u16) {
-        let features = self.acknowledged.load(Ordering::Relaxed);
+        let features = self.shared.acknowledged.load(Ordering::Relaxed);
         if let Role::Receive(pair) = Role::of(index, features, self.shared.state.queue_pairs()) {
             self.set_receiving(pair, false);
         }

@@ -15,6 +15,8 @@
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 
+use serde::{Deserialize, Serialize};
+
 use crate::command::{MAC_TABLE_MAX, MacTable, RxMode};
 use crate::config::{Mac, VIRTIO_NET_F_CTRL_VLAN, VIRTIO_NET_F_CTRL_VQ, VLANS, VlanId};
 use crate::header::Head;
@@ -76,11 +78,27 @@ impl Addresses {
         self.count.store(count, Ordering::Relaxed);
     }
 
+    /// Only while none changes them.
+    fn save(&self) -> Vec<u64> {
+        let count = self.count.load(Ordering::Relaxed) as usize;
+        self.numbers.iter().take(count).map(|number| number.load(Ordering::Relaxed)).collect()
+    }
+
     fn contain(&self, mac: Mac) -> bool {
         let count = self.count.load(Ordering::Relaxed) as usize;
         let wanted = mac.number();
         self.numbers.iter().take(count).any(|number| number.load(Ordering::Relaxed) == wanted)
     }
+}
+
+/// What a driver wants to receive, written down.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct KeptFilter {
+    modes: u32,
+    unicast: Vec<u64>,
+    multicast: Vec<u64>,
+    vlans: Vec<u64>,
 }
 
 /// What a driver wants to receive.
@@ -113,6 +131,40 @@ impl Filter {
         let none = || MacTable::Only(Vec::new());
         self.set_addresses(&none(), &none());
         self.vlans.iter().for_each(|word| word.store(0, Ordering::Relaxed));
+    }
+
+    /// By who could change it, too.
+    pub(crate) fn save(&self) -> KeptFilter {
+        KeptFilter {
+            modes: self.modes.load(Ordering::Relaxed),
+            unicast: self.unicast.save(),
+            multicast: self.multicast.save(),
+            vlans: self.vlans.iter().map(|word| word.load(Ordering::Relaxed)).collect(),
+        }
+    }
+
+    /// Whether a driver can have said that.
+    pub(crate) fn can_be(&self, kept: &KeptFilter) -> bool {
+        let is_table = |numbers: &[u64]| {
+            let are_addresses = numbers.iter().all(|n| Mac::from_number(*n).number() == *n);
+            numbers.len() <= MAC_TABLE_MAX && are_addresses
+        };
+        kept.modes < MANY_MULTICAST << 1
+            && is_table(&kept.unicast)
+            && is_table(&kept.multicast)
+            && kept.vlans.len() == self.vlans.len()
+    }
+
+    /// A driver has said that, to a predecessor of this process. No queue asks yet.
+    pub(crate) fn restore(&self, kept: &KeptFilter) {
+        let table = |numbers: &[u64]| {
+            MacTable::Only(numbers.iter().map(|number| Mac::from_number(*number)).collect())
+        };
+        self.set_addresses(&table(&kept.unicast), &table(&kept.multicast));
+        for (word, kept) in self.vlans.iter().zip(&kept.vlans) {
+            word.store(*kept, Ordering::Relaxed);
+        }
+        self.modes.store(kept.modes, Ordering::Relaxed);
     }
 
     /// The driver has acknowledged `features`.

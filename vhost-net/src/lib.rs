@@ -14,6 +14,7 @@ mod device;
 mod drops;
 mod filter;
 mod header;
+mod kept;
 mod outbox;
 mod rx;
 mod source;

@@ -139,13 +139,13 @@ pub(super) struct FrontEnd<'a, D: Device> {
 }
 
 impl<'a, D: Device> FrontEnd<'a, D> {
+    /// One who has said nothing, to a device that has been told of a [new session](Device::new_session), or is as it was opened.
     pub(super) fn new(
         stream: std::os::unix::net::UnixStream,
         means: Means<'a, D>,
     ) -> std::io::Result<Self> {
         let Means { refresher, workers, metrics, gate, store } = means;
         let device = refresher.device();
-        device.new_session();
         let session = Session::new(offer(device));
         let socket = Arc::new(OwnedFd::from(stream.try_clone()?));
         Ok(Self {
@@ -409,7 +409,7 @@ impl<'a, D: Device> FrontEnd<'a, D> {
     fn start(&mut self, index: u16, ring: Ring) -> Result<(), Refused> {
         let (size, base) = (ring.size, ring.base);
         let features = self.session.features();
-        let record = self.record_of(index)?;
+        let record = self.record_of(index, size)?;
         let setup = RingSetup {
             addresses: ring.addresses,
             size,

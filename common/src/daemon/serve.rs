@@ -101,6 +101,9 @@ fn start<D: Device, E: Error + 'static>(
     metrics.limits.change(limits);
     let (workers, events) = Workers::start(Arc::clone(&device), engine, options.threads, &metrics)?;
     let (mut store, legacy) = Store::open(kept, D::NAME).unzip();
+    if let Some(store) = &store {
+        device.keep_with(store.keeper());
+    }
     let Legacy { listener, session } = legacy.unwrap_or_default();
     let mut sockets = claimed.listen_after(listener)?;
     match (&mut sockets.vhost_user, &mut store) {
@@ -399,6 +402,9 @@ async fn open<D: Device>(
         Guest::New(stream) => (Ok(stream), None),
         Guest::Left(life) => (connection_of(&life), Some(life)),
     };
+    if life.is_none() {
+        means.refresher.device().new_session();
+    }
     if let Ok(stream) = &stream {
         let pid = peer_of(stream);
         means.gate.log(Instant::now(), || info!(pid, "front end connected"));

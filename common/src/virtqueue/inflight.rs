@@ -138,9 +138,9 @@ pub(super) enum Left {
 }
 
 impl Record {
-    /// Forgets what is recorded: the ring begins where the front end says.
-    pub fn forget(&self) {
-        for head in 0..self.queue_size {
+    /// Forgets what is recorded of a ring of this size: it begins where the front end says.
+    pub fn forget(&self, size: u16) {
+        for head in 0..size.min(self.queue_size) {
             self.set_in_flight(head, false);
         }
         self.bytes.store_u16(VERSION, UNINITIALIZED, Ordering::Release);

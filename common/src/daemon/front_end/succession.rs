@@ -56,6 +56,7 @@ impl<D: Device> FrontEnd<'_, D> {
             inflight: self.inflight.as_ref().map(|(_, kept)| kept.clone()),
             config: self.config_space(),
             device,
+            kept: None,
         })
     }
 
@@ -74,12 +75,12 @@ impl<D: Device> FrontEnd<'_, D> {
 
     /// Goes on where a predecessor was: each ring with what was in flight, without any word from the front end.
     pub(in crate::daemon) async fn take_up(&mut self, life: HeldLife) -> Result<(), NotTakenUp> {
-        let Life { connection: _, channel, session: saved, inflight, config, device } = life;
+        let Life { connection: _, channel, session: saved, inflight, config, device, kept } = life;
         let count = self.session.ring_count();
         self.taken_up = (0..count).filter(|index| saved.was_running(*index)).collect();
         let (session, memory) = Session::restore(offer(self.device), saved)?;
         self.session = session;
-        self.device.restore(&device)?;
+        self.device.restore(&device, kept.as_ref())?;
         if let Some(kept) = inflight {
             let (found, least) = (kept.shape(), InflightShape { queue_count: 1, queue_size: 1 });
             if found.queue_count < least.queue_count || found.queue_size < least.queue_size {
@@ -113,8 +114,8 @@ impl<D: Device> FrontEnd<'_, D> {
         info!("the front end is left to a successor");
     }
 
-    /// Where the requests of a ring that starts are recorded.
-    pub(super) fn record_of(&mut self, index: u16) -> Result<Option<Record>, Refused> {
+    /// Where the requests of a ring of this size are recorded, which starts.
+    pub(super) fn record_of(&mut self, index: u16, size: u16) -> Result<Option<Record>, Refused> {
         if self.inflight.is_none() && self.has_successors() {
             self.record_at(self.own_inflight()?)?;
         }
@@ -122,7 +123,7 @@ impl<D: Device> FrontEnd<'_, D> {
         let record = region.record(index);
         // What is in ours is of the process before this one, or of a ring that has been stopped in good order.
         if kept.is_ours && !self.taken_up.contains(&index) {
-            record.iter().for_each(Record::forget);
+            record.iter().for_each(|record| record.forget(size));
         }
         Ok(record)
     }

@@ -4,6 +4,8 @@
 //! is filled, and it counts from the store of its generation on. [`Image::open`] believes nothing: a file of another size,
 //! form or version, and one in which no slot is whole, is an [`ImageError`].
 //!
+//! Two further slots are the device's: a queue of it writes there what the driver has told it, before it answers.
+//!
 //! Beside the slots are two marks. *Busy* says that a message is being dealt with, so that what is written is not all that the
 //! front end may count on. *Attempts* counts successors that began to take this up and did not get through.
 //!
@@ -20,8 +22,8 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::Arc;
 use std::sync::atomic::{Ordering, compiler_fence};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::fs::{
     MemfdFlags, SealFlags, fcntl_add_seals, fcntl_get_seals, ftruncate, memfd_create,
@@ -49,7 +51,11 @@ const PAYLOAD_AT: usize = 16;
 /// fifth; what is never written takes no memory.
 pub(super) const MAX_PAYLOAD_BYTES: usize = 1 << 20;
 const SLOT_BYTES: usize = PAYLOAD_AT + MAX_PAYLOAD_BYTES;
-const IMAGE_BYTES: usize = HEAD_BYTES + 2 * SLOT_BYTES;
+/// The most that a device's queue can write: a network's filter with all its tables takes a twentieth.
+const MAX_STATE_BYTES: usize = 64 << 10;
+const STATE_SLOT_BYTES: usize = PAYLOAD_AT + MAX_STATE_BYTES;
+const STATE_AT: usize = HEAD_BYTES + 2 * SLOT_BYTES;
+const IMAGE_BYTES: usize = STATE_AT + 2 * STATE_SLOT_BYTES;
 /// The first is written at once, so there always is one.
 const FIRST_GENERATION: u64 = 1;
 
@@ -68,23 +74,56 @@ pub(super) enum ImageError {
     Version { found: u32 },
     #[error("neither of its slots is whole")]
     Torn,
-    #[error("{len_bytes} bytes are to be written, more than {MAX_PAYLOAD_BYTES}")]
-    TooLong { len_bytes: usize },
+    #[error("{len_bytes} bytes are to be written, more than {limit_bytes}")]
+    TooLong { len_bytes: usize, limit_bytes: usize },
 }
 
 /// See the module's head.
 #[derive(Debug)]
 pub(super) struct Image {
-    region: Region,
+    region: Arc<Region>,
     file: Arc<OwnedFd>,
     generation: u64,
+    state: Arc<DeviceState>,
+}
+
+/// What a device's queue writes down by itself, beside what the main thread writes.
+#[derive(Debug)]
+pub(super) struct DeviceState {
+    region: Arc<Region>,
+    generation: Mutex<u64>,
+}
+
+impl DeviceState {
+    /// Writes this in place of what was written last.
+    pub(super) fn write(&self, payload: &[u8]) -> Result<(), ImageError> {
+        let length = length_of(payload, MAX_STATE_BYTES)?;
+        // Nothing but a number, which is right whatever happened to who held it.
+        let mut last = self.generation.lock().unwrap_or_else(PoisonError::into_inner);
+        let generation = last.saturating_add(FIRST_GENERATION);
+        fill(&self.slot(generation), generation, (payload, length));
+        *last = generation;
+        Ok(())
+    }
+
+    /// What was written last, if anything was.
+    pub(super) fn read(&self) -> Option<Vec<u8>> {
+        let (generation, payload) = newest([0, 1].map(|at| self.slot(at)), MAX_STATE_BYTES)?;
+        *self.generation.lock().unwrap_or_else(PoisonError::into_inner) = generation;
+        Some(payload)
+    }
+
+    fn slot(&self, generation: u64) -> HostBuffer {
+        let at = if generation.is_multiple_of(2) { STATE_AT } else { STATE_AT + STATE_SLOT_BYTES };
+        self.region.bytes().slice(at, STATE_SLOT_BYTES)
+    }
 }
 
 impl Image {
     /// A new one, in which this is written.
     pub(super) fn create(payload: &[u8]) -> Result<Self, ImageError> {
         let file = sealed_file().map_err(ImageError::Memory)?;
-        let mut image = Self { region: map(&file)?, file: Arc::new(file), generation: 0 };
+        let mut image = Self::of(map(&file)?, Arc::new(file));
         image.write(payload)?;
         let bytes = image.bytes();
         bytes.store_u32(VERSION_AT, VERSION);
@@ -107,31 +146,31 @@ impl Image {
         if found != VERSION {
             return Err(ImageError::Version { found });
         }
-        let mut image = Self { region, file, generation: 0 };
-        let slots = [0, 1].map(|at| read(&image.slot(at)));
-        let newest = slots.into_iter().flatten().max_by_key(|(generation, _)| *generation);
-        let (generation, payload) = newest.ok_or(ImageError::Torn)?;
+        let mut image = Self::of(region, file);
+        let slots = [0, 1].map(|at| image.slot(at));
+        let (generation, payload) = newest(slots, MAX_PAYLOAD_BYTES).ok_or(ImageError::Torn)?;
         image.generation = generation;
         Ok((image, payload))
     }
 
+    fn of(region: Region, file: Arc<OwnedFd>) -> Self {
+        let region = Arc::new(region);
+        let state = DeviceState { region: Arc::clone(&region), generation: Mutex::new(0) };
+        Self { region, file, generation: 0, state: Arc::new(state) }
+    }
+
     /// Writes this in place of what was written last.
     pub(super) fn write(&mut self, payload: &[u8]) -> Result<(), ImageError> {
-        let len_bytes = payload.len();
-        let length = u32::try_from(len_bytes).ok().filter(|_| len_bytes <= MAX_PAYLOAD_BYTES);
-        let length = length.ok_or(ImageError::TooLong { len_bytes })?;
+        let length = length_of(payload, MAX_PAYLOAD_BYTES)?;
         let generation = self.generation.saturating_add(FIRST_GENERATION);
-        let slot = self.slot(generation);
-        // From here on until the last store the slot is none.
-        slot.store_u64(GENERATION_AT, 0);
-        compiler_fence(Ordering::SeqCst);
-        slot.write(PAYLOAD_AT, payload);
-        slot.store_u32(LENGTH_AT, length);
-        slot.store_u32(CHECKSUM_AT, checksum(generation, payload));
-        compiler_fence(Ordering::SeqCst);
-        slot.store_u64(GENERATION_AT, generation);
+        fill(&self.slot(generation), generation, (payload, length));
         self.generation = generation;
         Ok(())
+    }
+
+    /// What the device's queue writes down.
+    pub(super) fn state(&self) -> &Arc<DeviceState> {
+        &self.state
     }
 
     /// Says whether a message is being dealt with.
@@ -170,11 +209,35 @@ impl Image {
     }
 }
 
+fn length_of(payload: &[u8], limit_bytes: usize) -> Result<u32, ImageError> {
+    let len_bytes = payload.len();
+    let length = u32::try_from(len_bytes).ok().filter(|_| len_bytes <= limit_bytes);
+    length.ok_or(ImageError::TooLong { len_bytes, limit_bytes })
+}
+
+/// Makes a slot that of this generation.
+fn fill(slot: &HostBuffer, generation: u64, (payload, length): (&[u8], u32)) {
+    // From here on until the last store the slot is none.
+    slot.store_u64(GENERATION_AT, 0);
+    compiler_fence(Ordering::SeqCst);
+    slot.write(PAYLOAD_AT, payload);
+    slot.store_u32(LENGTH_AT, length);
+    slot.store_u32(CHECKSUM_AT, checksum(generation, payload));
+    compiler_fence(Ordering::SeqCst);
+    slot.store_u64(GENERATION_AT, generation);
+}
+
+/// The newest of two slots that is whole.
+fn newest(slots: [HostBuffer; 2], limit_bytes: usize) -> Option<(u64, Vec<u8>)> {
+    let whole = slots.iter().filter_map(|slot| read(slot, limit_bytes));
+    whole.max_by_key(|(generation, _)| *generation)
+}
+
 /// The generation and the payload of a slot that is whole.
-fn read(slot: &HostBuffer) -> Option<(u64, Vec<u8>)> {
+fn read(slot: &HostBuffer, limit_bytes: usize) -> Option<(u64, Vec<u8>)> {
     let generation = slot.load_u64(GENERATION_AT);
     let length = usize::try_from(slot.load_u32(LENGTH_AT)).ok()?;
-    if generation < FIRST_GENERATION || length > MAX_PAYLOAD_BYTES {
+    if generation < FIRST_GENERATION || length > limit_bytes {
         return None;
     }
     let mut payload = vec![0; length];
@@ -297,6 +360,23 @@ mod tests {
         let refused = image.write(&vec![2; MAX_PAYLOAD_BYTES + 1]);
         assert!(matches!(refused, Err(ImageError::TooLong { .. })));
         assert_eq!(left_by(&image).unwrap(), vec![1; MAX_PAYLOAD_BYTES]);
+    }
+
+    #[test]
+    fn device_s_state_is_written_beside_the_session_s() {
+        let mut image = Image::create(b"session").unwrap();
+        assert_eq!(image.state().read(), None);
+        for round in 1..5 {
+            image.state().write(&[round; 100]).unwrap();
+            let (next, session) = Image::open(Arc::clone(&image.file)).unwrap();
+            assert_eq!(
+                (next.state().read(), &session[..]),
+                (Some(vec![round; 100]), &b"session"[..])
+            );
+            image = next;
+        }
+        let refused = image.state().write(&vec![1; MAX_STATE_BYTES + 1]);
+        assert!(matches!(refused, Err(ImageError::TooLong { .. })));
     }
 
     #[test]

@@ -27,15 +27,17 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use rustix::net::Shutdown;
+use serde_json::Value;
 use tracing::{debug, info, warn};
 
 use self::identity::{FD_INFO, FdInfo, Identity};
-use self::image::{Image, ImageError};
+use self::image::{DeviceState, Image, ImageError};
 pub(super) use self::record::{HeldLife, KeptInflight, KeptListener, Life};
 use self::record::{HeldRecord, Record};
 use super::listener;
 use super::log::with_sources;
 use super::notify::Manager;
+use crate::device::Keeper;
 use crate::sandbox::{Access, Place};
 
 /// What begins all our names.
@@ -75,6 +77,18 @@ pub(super) struct Legacy {
     pub(super) listener: Option<KeptListener<Arc<OwnedFd>>>,
     /// The front end that it served.
     pub(super) session: Option<HeldLife>,
+}
+
+/// What a device's queues write down, in the image.
+struct StateKeeper(Arc<DeviceState>);
+
+impl Keeper for StateKeeper {
+    fn keep(&self, state: &Value) {
+        let written = serde_json::to_vec(state).map_err(Unusable::Form);
+        if let Err(why) = written.and_then(|bytes| Ok(self.0.write(&bytes)?)) {
+            warn!("a successor will not know what the driver has said: {}", with_sources(&why));
+        }
+    }
 }
 
 /// See the module's head.
@@ -142,7 +156,9 @@ impl Store {
                 store.manager.remove(name);
             }
         }
-        let session = session.and_then(|life| store.admit(life));
+        let kept = store.image.state().read();
+        let kept = kept.and_then(|bytes| serde_json::from_slice(&bytes).ok());
+        let session = session.and_then(|life| store.admit(Life { kept, ..life }));
         Some((store, Legacy { listener, session }))
     }
 
@@ -203,6 +219,11 @@ impl Store {
     /// The socket that the daemon has bound is kept from the next commit on.
     pub(super) fn keep_listener(&mut self, kept: Option<KeptListener<Arc<OwnedFd>>>) {
         self.listener = kept;
+    }
+
+    /// Where the device's queues write down what outlives the process.
+    pub(super) fn keeper(&self) -> Arc<dyn Keeper> {
+        Arc::new(StateKeeper(Arc::clone(self.image.state())))
     }
 
     /// A message begins to be dealt with, or has been.

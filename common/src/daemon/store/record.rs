@@ -55,6 +55,9 @@ pub(in crate::daemon) struct Life<F> {
     pub(in crate::daemon) config: Vec<u8>,
     /// What [`Device::save`](crate::device::Device::save) says.
     pub(in crate::daemon) device: Value,
+    /// What its queues have written down since, which is not in the record.
+    #[serde(skip)]
+    pub(in crate::daemon) kept: Option<Value>,
 }
 
 /// Where requests in flight are recorded.
@@ -95,7 +98,7 @@ impl<F> Record<F> {
 
 impl<F> Life<F> {
     fn try_map<G, E>(self, name: &mut impl FnMut(F) -> Result<G, E>) -> Result<Life<G>, E> {
-        let Self { connection, channel, session, inflight, config, device } = self;
+        let Self { connection, channel, session, inflight, config, device, kept } = self;
         let connection = name(connection)?;
         let channel = channel.map(&mut *name).transpose()?;
         let session = session.try_map(name)?;
@@ -106,7 +109,7 @@ impl<F> Life<F> {
             }
             None => None,
         };
-        Ok(Life { connection, channel, session, inflight, config, device })
+        Ok(Life { connection, channel, session, inflight, config, device, kept })
     }
 }
 
