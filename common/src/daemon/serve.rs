@@ -282,7 +282,9 @@ impl<D: Device> Daemon<D> {
             {
                 return Ok(());
             }
-        } else if let Some(store) = &mut self.store {
+        }
+        // Nobody goes on with what this process could not go on with.
+        if let Some(store) = &mut self.store {
             store.commit(None);
         }
         notify::ready("waiting for a front end");

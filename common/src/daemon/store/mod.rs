@@ -23,6 +23,7 @@ mod identity;
 mod image;
 mod record;
 
+use std::collections::{HashMap, HashSet};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
@@ -244,10 +245,13 @@ impl Store {
         let (device, listener) = (self.device.to_owned(), self.listener.clone());
         let is_over = session.is_none();
         let record = Record { device, next_serial: 0, listener, session };
-        let mut named = Vec::new();
+        let stored = self.entries.iter().map(|entry| (Arc::as_ptr(&entry.file), entry.serial));
+        let stored: HashMap<_, _> = stored.collect();
+        let mut named = HashSet::new();
         let record = record.try_map(&mut |fd| {
-            let serial = self.serial(fd);
-            named.push(serial);
+            let known = stored.get(&Arc::as_ptr(&fd)).copied();
+            let serial = known.unwrap_or_else(|| self.serial(fd));
+            named.insert(serial);
             Ok::<_, Unusable>(serial)
         })?;
         let record = Record { next_serial: self.next_serial, ..record };
@@ -268,7 +272,7 @@ impl Store {
         Ok(())
     }
 
-    /// The number of a descriptor, which is stored if it was not.
+    /// The number of a descriptor that was not stored before this commit, if another of its file was not.
     fn serial(&mut self, fd: Arc<OwnedFd>) -> u64 {
         if let Some(entry) = self.entries.iter().find(|entry| Arc::ptr_eq(&entry.file, &fd)) {
             return entry.serial;
