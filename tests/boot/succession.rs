@@ -16,8 +16,11 @@ use crate::statistics::Statistics;
 /// Names another number of daemons that die, one after the other.
 const KILLS_VARIABLE: &str = "OUTBOARD_KILLS";
 const KILL_COUNT: usize = 20;
-/// Passes of the load that so many kills take.
-const PASSES: usize = 4;
+/// Passes of the load that outlast so many kills, where the guest runs on the host's processor and where that is emulated.
+const PASSES: usize = 32;
+const EMULATED_PASSES: usize = 8;
+/// How long a load may take to have its requests completed.
+const LOAD_LIMIT: Duration = Duration::from_secs(60);
 const DISK_BYTES: u64 = 64 << 20;
 /// The load, where its initial RAM disk has it, and what it says once requests are completing.
 const FIO: &str = "usr/bin/fio";
@@ -87,7 +90,9 @@ impl Bench {
 
     /// Waits until the daemon has completed so many requests.
     fn wait_for_requests(&self, least: u64) {
+        let deadline = Instant::now() + LOAD_LIMIT;
         while Statistics::ask(&self.control).queues("requests").iter().sum::<u64>() < least {
+            assert!(Instant::now() < deadline, "the load has ended, or stands still");
             std::thread::yield_now();
         }
     }
@@ -140,8 +145,9 @@ fn kill_count() -> usize {
     count.map_or(KILL_COUNT, |count| count.expect("a number of kills"))
 }
 
-fn words() -> String {
-    format!("passes={}", PASSES * kill_count().div_ceil(KILL_COUNT))
+/// What has the load go so often over the disk for each [`KILL_COUNT`] kills.
+fn words(passes: usize) -> String {
+    format!("passes={}", passes * kill_count().div_ceil(KILL_COUNT))
 }
 
 /// The guest has verified all that it wrote, and has seen no error.
@@ -171,7 +177,7 @@ fn user_mode_linux_does_not_notice_that_daemons_are_killed_and_replaced() {
     let guests = UserModeLinux::with_programs(rig, &[FIO]);
     let mut bench = Bench::new();
     let device = tests::Device::Block(bench.service.socket());
-    let mut machine = guests.boot(&[device], "load", &[&words()]);
+    let mut machine = guests.boot(&[device], "load", &[&words(PASSES)]);
     machine.wait_for(LOAD_RUNS);
     bench.replace_under_load();
     let outcome = bench.kill_under_load(kill_count());
@@ -198,5 +204,5 @@ fn device_of_any_kind_does_not_notice_that_daemons_are_killed_and_replaced() {
 
 fn boot(emulator: &Emulator, socket: &Path) -> Machine {
     let device = Device::BlockAsItIs(socket, QUEUE_COUNT);
-    emulator.boot(&[device], &format!("check=load {}", words()), OnRestart::End)
+    emulator.boot(&[device], &format!("check=load {}", words(EMULATED_PASSES)), OnRestart::End)
 }

@@ -52,7 +52,9 @@ static CHOICE: OnceLock<Sandbox> = OnceLock::new();
 /// glibc's malloc is kept from reading files, which it does from the ninth arena on, and before it gives back the end of one.
 /// That keeps its end from then on; what is large (128 KiB) is mapped by itself, and given back as ever.
 pub fn choose(sandbox: Sandbox) {
-    CHOICE.get_or_init(|| sandbox);
+    if *CHOICE.get_or_init(|| sandbox) == Sandbox::Off {
+        return;
+    }
     #[cfg(target_env = "gnu")]
     for (limit, value) in
         [(libc::M_ARENA_MAX, ARENAS_MAX), (libc::M_TRIM_THRESHOLD, libc::c_int::MAX)]
