@@ -27,7 +27,7 @@ const DISK_BYTES: u64 = 64 << 20;
 /// The load, where its initial RAM disk has it.
 pub(crate) const FIO: &str = "usr/bin/fio";
 /// What fio's progress line has once requests are completing.
-pub(crate) const LOAD_RUNS: &str = "IOPS]";
+const LOAD_RUNS: &str = "IOPS]";
 /// What fio says once in each run, before it starts its jobs.
 const LOAD_STARTS: &str = "Starting 4 processes";
 
@@ -101,6 +101,7 @@ impl Bench {
         for counter in ["protocol_errors", "broken_sessions"] {
             assert_eq!(statistics.daemon(counter), 0, "{counter} in {statistics:?}");
         }
+        let sessions = sessions + self.emulator.failed_starts();
         assert_eq!(statistics.daemon("sessions"), sessions, "sessions in {statistics:?}");
         let status = self.daemon.terminate();
         assert!(status.success(), "the daemon ended with {status}");

@@ -25,8 +25,8 @@ const RECORD_BYTES: usize = 16;
 /// The longest frame that is taken whole: 64 KiB that are yet to be cut into segments, with their headers. The kernel's buffer
 /// has places of this size, unless the interface leaves nothing to others.
 const FRAME_BYTES_MAX: usize = 66_000;
-/// The kernel's buffer: a thousand such places, for tcpdump to be away from its processor for a while.
-const BUFFER_KIB: usize = 64 << 10;
+/// The kernel's buffer: four thousand such places, for tcpdump to be away from its processor for a while.
+const BUFFER_KIB: usize = 256 << 10;
 
 /// A capture under way.
 #[derive(Debug)]

@@ -35,7 +35,7 @@ pub use frame::{Checksum, Frame, Malformed, Packet, Transport};
 pub use initrd::Initrd;
 pub use iperf::Iperf;
 pub use loop_device::LoopDevice;
-pub use machine::Machine;
+pub use machine::{Machine, Seen};
 pub use namespace::{Namespace, Tap};
 pub use passt::Passt;
 pub use requirement::{cannot_run, lacks_root, temp_dir_on_storage, temp_dir_with_direct_io};

@@ -23,6 +23,17 @@ pub struct Machine {
     deadline: Instant,
 }
 
+/// What came of a look at a console.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Seen {
+    /// The line.
+    Line,
+    /// Not yet the line.
+    Silence,
+    /// The guest's end, without it.
+    End,
+}
+
 impl Machine {
     /// Starts `command`, whose stdout and stderr are the console and whose stdin is [`Machine::type_line`]'s. It must have
     /// done its work within `limit`: generous, since only a hanging guest reaches it.
@@ -64,19 +75,19 @@ impl Machine {
         &self.console
     }
 
-    /// Whether the guest's kernel has come as far as its first program within this time. So has one that has ended.
-    pub fn is_up_within(&mut self, time: Duration) -> bool {
+    /// Waits for the first line that contains `text`, but no longer than this.
+    pub fn look_for(&mut self, text: &str, time: Duration) -> Seen {
         let until = Instant::now() + time;
         loop {
             match self.lines.recv_timeout(until.saturating_duration_since(Instant::now())) {
                 Ok(line) => {
                     self.take(&line);
-                    if line.contains(guest::UP) {
-                        return true;
+                    if line.contains(text) {
+                        return Seen::Line;
                     }
                 }
-                Err(RecvTimeoutError::Timeout) => return false,
-                Err(RecvTimeoutError::Disconnected) => return true,
+                Err(RecvTimeoutError::Timeout) => return Seen::Silence,
+                Err(RecvTimeoutError::Disconnected) => return Seen::End,
             }
         }
     }

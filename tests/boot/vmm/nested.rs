@@ -12,7 +12,7 @@ use serde_json::Value;
 use tests::{Initrd, KernelRelease, Machine, Rig, TempDir, temp_dir};
 
 use super::accelerator::accelerator;
-use crate::qemu::emulator::MODULES;
+use crate::qemu::emulator::{MODULES, start_up};
 
 /// A nested machine is up after 15 s, one with fio after twice that: this is for a host that does much else meanwhile.
 const LIMIT: Duration = Duration::from_secs(300);
@@ -73,17 +73,20 @@ impl Host {
         outer.file("initrd", &path("inner"));
         add(&rig, &mut outer);
         outer.write(&path("outer"));
-        let mut command = rig.tool("qemu-system-x86_64");
-        command
-            .args(accelerator.arguments)
-            .args(["-nodefaults", "-no-user-config", "-no-reboot"])
-            .args(["-display", "none", "-serial", "stdio"])
-            .args(["-m", MEMORY, "-smp", PROCESSORS, "-append", KERNEL_WORDS])
-            .arg("-kernel")
-            .arg(rig.kernel(release))
-            .arg("-initrd")
-            .arg(path("outer"));
-        let mut host = Self { machine: Machine::start(command, LIMIT), _directory: directory };
+        let (machine, _) = start_up(LIMIT, || {
+            let mut command = rig.tool("qemu-system-x86_64");
+            command
+                .args(accelerator.arguments)
+                .args(["-nodefaults", "-no-user-config", "-no-reboot"])
+                .args(["-display", "none", "-serial", "stdio"])
+                .args(["-m", MEMORY, "-smp", PROCESSORS, "-append", KERNEL_WORDS])
+                .arg("-kernel")
+                .arg(rig.kernel(release))
+                .arg("-initrd")
+                .arg(path("outer"));
+            command
+        });
+        let mut host = Self { machine, _directory: directory };
         assert_eq!(host.announcement(), Announcement::Loaded);
         Some(host)
     }

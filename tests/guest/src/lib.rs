@@ -10,3 +10,5 @@ pub mod verdict;
 
 /// What the program says first: the kernel has come so far, and has no driver of ours yet.
 pub const UP: &str = "outboard: the kernel is up";
+/// What it says when the drivers are there.
+pub const EQUIPPED: &str = "outboard: the drivers are loaded";

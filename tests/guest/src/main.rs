@@ -13,8 +13,8 @@ mod parameters;
 
 use std::panic;
 
-use guest::UP;
 use guest::verdict::Verdict;
+use guest::{EQUIPPED, UP};
 
 use crate::parameters::Parameters;
 
@@ -35,5 +35,6 @@ fn run() -> Result<String, checks::Failure> {
     environment::mount_kernel_file_systems()?;
     let parameters = Parameters::read()?;
     environment::load_modules()?;
+    println!("{EQUIPPED}");
     checks::run(&parameters)
 }

@@ -12,17 +12,21 @@ use nix::libc;
 
 use crate::port_spec::EndpointSpec;
 
-/// Where the kernel has terminals, and what has been passed.
-const DEVICES: [&str; 3] = ["/dev/ptmx", "/dev/pts", "/proc/self/fd"];
+/// Where the kernel has terminals.
+const TERMINALS: &str = "/dev/pts";
+/// What more there is of devices, and what has been passed.
+const DEVICES: [&str; 2] = ["/dev/ptmx", "/proc/self/fd"];
 
 /// What a terminal takes that is made.
 const MAKE_TERMINAL: &[Call] = &[
     Call::ioctl(libc::TIOCGPTN as u32),
     Call::ioctl(libc::TIOCSPTLCK as u32),
-    Call::ioctl(libc::TIOCGPTPEER as u32),
     Call::any(libc::SYS_inotify_init1),
     Call::any(libc::SYS_inotify_add_watch),
 ];
+
+/// Opens the other end of a terminal, of which whoever had it open has left something.
+const OPEN_OTHER_END: Call = Call::ioctl(libc::TIOCGPTPEER as u32);
 
 /// See the module's head.
 pub(crate) fn needs(specs: &[&EndpointSpec], is_commanded: bool) -> Needs {
@@ -32,6 +36,10 @@ pub(crate) fn needs(specs: &[&EndpointSpec], is_commanded: bool) -> Needs {
     // Each connection is watched for its end.
     needs.calls.push(Call::any(libc::SYS_epoll_create1));
     needs.places.extend(specs.iter().flat_map(|spec| places(spec)));
+    if is_commanded || specs.iter().any(|spec| matches!(spec, EndpointSpec::Pty { .. })) {
+        needs.places.push(Place::new(TERMINALS, Access::Open));
+        needs.calls.push(OPEN_OTHER_END);
+    }
     if is_commanded {
         let beside = specs.iter().filter_map(|spec| named(spec));
         needs.places.extend(beside.map(|path| Place::around(path, Access::Make)));
