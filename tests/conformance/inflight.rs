@@ -1,7 +1,6 @@
 //! Requests in flight, recorded for a successor (vhost-user, "Inflight I/O tracking"): what a daemon finds in the region, and
 //! what it leaves there when it is killed.
 
-use std::fs::File;
 use std::os::unix::fs::FileExt;
 
 use frontend::Error;
@@ -11,14 +10,10 @@ use frontend::inflight::{Description, Inflight};
 use frontend::message::VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD;
 use frontend::wire::Wire;
 
+use crate::rounds;
 use crate::subject::{QUEUE_COUNT, Subject, is_another_program, lacks, must_work};
 
 const QUEUE_SIZE: u16 = 128;
-/// Of one write: many of them are under way at a time.
-const BLOCK_BYTES: usize = 32 << 10;
-const BLOCK_SECTORS: u64 = BLOCK_BYTES as u64 / 512;
-/// Writes of each queue before each kill.
-const WRITE_COUNT: u64 = 40;
 const KILL_COUNT: u64 = 30;
 
 fn options() -> Options {
@@ -168,17 +163,7 @@ fn killed_daemon_s_requests_are_finished_by_the_next_one() {
     start(&driver, &inflight, 0);
     let mut in_flight = 0;
     for round in 1..=KILL_COUNT {
-        for queue in 0..QUEUE_COUNT {
-            for at in 0..WRITE_COUNT {
-                let block = vec![content(round, queue, at); BLOCK_BYTES];
-                driver.submit(queue, &Request::write(sector(queue, at), &block));
-            }
-            driver.kick(queue).expect("the device can be kicked");
-        }
-        // Some are seen to end before, more with each round.
-        for _ in 0..round {
-            driver.complete(0).expect("it ends");
-        }
+        rounds::begin(&mut driver, round);
         subject.kill_and_replace();
         in_flight += (0..QUEUE_COUNT).map(|queue| inflight.heads(queue).len()).sum::<usize>();
         let wire = Wire::connect(subject.socket()).expect("the next daemon listens");
@@ -190,28 +175,8 @@ fn killed_daemon_s_requests_are_finished_by_the_next_one() {
             }
             assert!(inflight.heads(queue).is_empty());
         }
-        expect_contents(&subject, round);
+        rounds::expect_contents(&subject.image(), round);
     }
     eprintln!("{KILL_COUNT} daemons were killed over {in_flight} requests");
     assert!(in_flight > 0, "no daemon had anything in flight");
-}
-
-fn content(round: u64, queue: u16, at: u64) -> u8 {
-    (round * 31 + u64::from(queue) * 101 + at) as u8
-}
-
-fn sector(queue: u16, at: u64) -> u64 {
-    (u64::from(queue) * WRITE_COUNT + at) * BLOCK_SECTORS
-}
-
-fn expect_contents(subject: &Subject, round: u64) {
-    let image = File::open(subject.image()).expect("the image is ours");
-    let mut block = vec![0; BLOCK_BYTES];
-    for queue in 0..QUEUE_COUNT {
-        for at in 0..WRITE_COUNT {
-            image.read_exact_at(&mut block, sector(queue, at) * 512).expect("it is long enough");
-            let wanted = content(round, queue, at);
-            assert!(block.iter().all(|byte| *byte == wanted), "round {round}, {at} of {queue}");
-        }
-    }
 }

@@ -70,6 +70,7 @@ mod resize;
 mod ring_attack;
 mod ring_fields;
 mod rings;
+mod rounds;
 mod sandbox;
 mod scattered;
 mod stability;

@@ -20,6 +20,7 @@ use tests::{DaemonCommand, Service, TempDir, temp_dir};
 use crate::cache::{WRITEBACK, switch};
 use crate::network_commands::{OTHER_MAC, command, is_received, mac_table};
 use crate::network_frames::options as network_options;
+use crate::rounds;
 use crate::subject::{QUEUE_COUNT, is_another_program, make_disk, must_carry, must_work, ours};
 use crate::wire::Wire;
 
@@ -33,11 +34,6 @@ const VERSION_AT: u64 = 8;
 /// Where its first slot has its payload, and how far behind it the second has.
 const PAYLOAD_AT: u64 = 64 + 16;
 const SLOT_BYTES: u64 = (1 << 20) + 16;
-/// Of one write: many of them are under way at a time.
-const BLOCK_BYTES: usize = 32 << 10;
-const BLOCK_SECTORS: u64 = BLOCK_BYTES as u64 / 512;
-/// Writes of each queue before each kill.
-const WRITE_COUNT: u64 = 40;
 const KILL_COUNT: u64 = 20;
 /// The address of a network's guest, and another one that it may want.
 const MAC: &str = "52:54:00:12:34:56";
@@ -120,16 +116,7 @@ fn kill_under_load(region: Region) {
     }
     let mut pauses = Vec::new();
     for round in 1..=KILL_COUNT {
-        for queue in 0..QUEUE_COUNT {
-            for at in 0..WRITE_COUNT {
-                let block = vec![content(round, queue, at); BLOCK_BYTES];
-                driver.submit(queue, &Request::write(sector(queue, at), &block));
-            }
-            driver.kick(queue).expect("the device can be kicked");
-        }
-        for _ in 0..round {
-            driver.complete(0).expect("it ends");
-        }
+        rounds::begin(&mut driver, round);
         kill_between_messages(&mut service);
         let killed = Instant::now();
         service.start_next();
@@ -140,31 +127,11 @@ fn kill_under_load(region: Region) {
             }
         }
         pauses.push(killed.elapsed());
-        let image = File::open(directory.path().join("disk")).expect("the image is ours");
-        expect_contents(&image, round);
+        rounds::expect_contents(&directory.path().join("disk"), round);
     }
     report(region, &mut pauses, found_in_flight(&service));
     assert!(found_in_flight(&service) > 0, "no daemon had anything in flight");
     driver.guest.front_end.get_features().expect("the connection is the same");
-}
-
-fn content(round: u64, queue: u16, at: u64) -> u8 {
-    (round * 31 + u64::from(queue) * 101 + at) as u8
-}
-
-fn sector(queue: u16, at: u64) -> u64 {
-    (u64::from(queue) * WRITE_COUNT + at) * BLOCK_SECTORS
-}
-
-fn expect_contents(image: &File, round: u64) {
-    let mut block = vec![0; BLOCK_BYTES];
-    for queue in 0..QUEUE_COUNT {
-        for at in 0..WRITE_COUNT {
-            image.read_exact_at(&mut block, sector(queue, at) * 512).expect("it is long enough");
-            let wanted = content(round, queue, at);
-            assert!(block.iter().all(|byte| *byte == wanted), "round {round}, {at} of {queue}");
-        }
-    }
 }
 
 /// Requests that daemons have found in flight, by their log.
